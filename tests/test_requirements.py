@@ -1,0 +1,72 @@
+import importlib.util
+import itertools
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+DIRECT = [
+    "torch==2.11.0",
+    "megatron-core==0.19.2",
+    "numpy==2.5.5",
+    "sentencepiece==0.2.3",
+    "wandb==0.31.0",
+    "tensorboard==2.21.0",
+    "omegaconf==2.4.0",
+    "typer==0.29.2",
+    "rich==15.0.0",
+    "matplotlib==3.11.2",
+    "scipy==1.18.1",
+    "safetensors==0.8.0",
+    "emerging-optimizers==0.3.0",
+    "psutil==7.2.2",
+    "PyYAML==6.0.3",
+]
+
+
+@pytest.fixture(scope="module")
+def setup_py() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("project_setup", ROOT / "setup.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def sections(setup_py: ModuleType) -> dict[str, list[str]]:
+    return setup_py.read_sections((ROOT / "requirements.lock").read_text())
+
+
+def test_package_requires_exactly_these_versions(sections):
+    assert sections["direct"] == DIRECT
+
+
+def test_every_line_of_the_lock_is_an_exact_pin(sections):
+    lines = sections["direct"] + sections["dev"] + sections["transitive"]
+
+    assert len(lines) > 90
+    for line in lines:
+        assert re.fullmatch(r'[\w.-]+==[\w.]+( ; platform_system == "Linux")?', line), line
+
+
+def test_extras_are_pinned_and_never_name_apex(setup_py, sections):
+    extras = setup_py.read_extras(sections)
+
+    assert extras["gpu"] == ["transformer-engine[core_cu13,pytorch]==2.20.2"]
+    assert extras["fast-tokenizers"] == ["gigatoken==0.10.0", "splintr-rs==0.22.0"]
+    assert extras["hf"] == ["transformers==5.23.0"]
+    assert "pytest==9.2.0" in extras["dev"]
+    assert sorted(extras) == ["dev", "docs", "fast-tokenizers", "gpu", "hf"]
+    for requirement in itertools.chain.from_iterable(extras.values()):
+        assert "==" in requirement
+        assert not requirement.startswith("apex")
+
+
+def test_extra_that_is_not_of_the_expected_form_is_refused(setup_py):
+    with pytest.raises(ValueError, match="expected '# NAME: REQUIREMENT', found '# gpu flash'"):
+        setup_py.read_extras({"dev": [], "extra": ["# gpu flash"]})

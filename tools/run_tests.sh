@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Runs the unit and dist levels of the tests, and the gpu level where there is a GPU. Arguments go to
+# pytest; a `-m` among them replaces this choice of levels. WORKERS is the number of processes.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+# One thread per process: the tests themselves run in parallel. Compiling with dynamo takes longer
+# than any test, and a test must not reach for a display or a tracking server.
+export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TORCHDYNAMO_DISABLE=1 MPLBACKEND=Agg WANDB_MODE=offline
+
+levels="not slow and not slurm"
+if ! nvidia-smi -L 2>/dev/null | grep -q '^GPU'; then
+    levels+=" and not gpu"
+fi
+exec .venv/bin/python -m pytest -n "${WORKERS:-2}" --dist loadgroup -m "$levels" "$@"
