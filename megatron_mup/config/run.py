@@ -1,0 +1,90 @@
+"""A whole run: all sections and the relations between them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from megatron_mup.config.checks import require
+from megatron_mup.config.model import ModelConfig
+from megatron_mup.config.optimization import OptimizerSection, ScheduleConfig
+from megatron_mup.config.running import (
+    CheckpointConfig,
+    DataConfig,
+    LoggingConfig,
+    ParallelConfig,
+    TrainingConfig,
+)
+from megatron_mup.parameterization.options import ParameterizationConfig
+from megatron_mup.parameterization.table import ParameterTable, resolve
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A whole run. Construction checks every section and every relation between them."""
+
+    model: ModelConfig
+    optimizer: OptimizerSection
+    training: TrainingConfig
+    parameterization: ParameterizationConfig = field(default_factory=ParameterizationConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    def __post_init__(self) -> None:
+        """Check relations between sections; raises ConfigError or ParameterizationError."""
+        self._check_layout()
+        self._check_schedule()
+        self.table  # noqa: B018  resolving refuses a parameterization without a rule
+
+    def _check_layout(self) -> None:
+        tensor = self.parallel.tensor_model_parallel_size
+        for name, size in (
+            ("hidden_size", self.model.hidden_size),
+            ("num_attention_heads", self.model.num_attention_heads),
+            ("num_query_groups", self.model.query_groups),
+            ("ffn_hidden_size", self.model.ffn_width),
+            ("vocab_size (with make_vocab_size_divisible_by)", self.model.padded_vocab_size),
+        ):
+            require(
+                size % tensor == 0,
+                f"model: {name} {size} is not divisible by tensor_model_parallel_size {tensor}; "
+                "change one of them",
+            )
+        pipeline = self.parallel.pipeline_model_parallel_size
+        require(
+            self.model.num_layers % pipeline == 0,
+            f"model.num_layers {self.model.num_layers} is not divisible by "
+            f"pipeline_model_parallel_size {pipeline}; change one of them",
+        )
+        batch, micro = self.training.global_batch_size, self.training.micro_batch_size
+        require(
+            batch % micro == 0,
+            f"training.global_batch_size {batch} is not divisible by micro_batch_size {micro}; "
+            "change one of them",
+        )
+
+    def _check_schedule(self) -> None:
+        warmup, end = self.schedule.lr_warmup_iters, self.decay_iters
+        require(
+            warmup <= end,
+            f"schedule.lr_warmup_iters {warmup} exceeds lr_decay_iters {end} (unset means "
+            f"train_iters {self.training.train_iters}); shorten the warmup",
+        )
+        wsd = self.schedule.lr_wsd_decay_iters or 0
+        require(
+            warmup + wsd <= end,
+            f"schedule: warmup {warmup} and lr_wsd_decay_iters {wsd} together exceed {end} "
+            "iterations; shorten one of them",
+        )
+
+    @property
+    def decay_iters(self) -> int:
+        """Iteration at which the schedule reaches its minimum."""
+        return self.schedule.lr_decay_iters or self.training.train_iters
+
+    @property
+    def table(self) -> ParameterTable:
+        """The resolved parameter table of this run."""
+        return resolve(self.model.shape, self.parameterization, self.optimizer.numbers)

@@ -1,0 +1,182 @@
+"""What a run reads, writes and how long it goes on: training, data, layout, files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from megatron_mup.config.checks import require, require_positive
+from megatron_mup.config.choices import LossDenominator
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """Length, batch, evaluation, precision, profiling."""
+
+    train_iters: int
+    """Optimizer steps."""
+
+    global_batch_size: int
+    """Sequences per step over all ranks."""
+
+    micro_batch_size: int
+    """Sequences per forward pass of one data-parallel rank."""
+
+    rampup_batch_size: list[int] | None = None
+    """Megatron's [start, increment, samples]: the batch grows to global_batch_size."""
+
+    loss_denominator: LossDenominator = LossDenominator.TOKENS
+    """What the summed loss is divided by."""
+
+    eval_interval: int | None = None
+    """Evaluate every so many iterations; unset means only at the end."""
+
+    eval_iters: int = 10
+    """Global batches per evaluation; 0 switches evaluation off."""
+
+    seed: int = 1234
+    """Seed of initial weights and data order."""
+
+    bf16: bool = False
+    """Compute in bfloat16 with fp32 master weights; otherwise fp32."""
+
+    profile: bool = False
+    """Trace iterations [profile_step_start, profile_step_end) with torch.profiler."""
+
+    profile_step_start: int = 10
+    """First iteration that is traced, counted from 0."""
+
+    profile_step_end: int = 12
+    """Iteration before which the trace ends."""
+
+    profile_dir: str | None = None
+    """Folder of the traces; required by ``profile``."""
+
+    def __post_init__(self) -> None:
+        """Check values; raises ConfigError."""
+        require_positive("training", self, "train_iters", "global_batch_size", "micro_batch_size")
+        require_positive("training", self, "eval_interval")
+        require(
+            self.eval_iters >= 0,
+            f"training.eval_iters is {self.eval_iters}; it must not be negative",
+        )
+        require(self.seed >= 0, f"training.seed is {self.seed}; it must not be negative")
+        if self.rampup_batch_size is not None:
+            self._check_rampup(self.rampup_batch_size)
+        if self.profile:
+            require(
+                0 <= self.profile_step_start < self.profile_step_end,
+                f"training.profile_step_start {self.profile_step_start} is not before "
+                f"profile_step_end {self.profile_step_end}",
+            )
+            require(
+                self.profile_dir is not None,
+                "training.profile needs training.profile_dir, the folder of the traces",
+            )
+
+    def _check_rampup(self, rampup: list[int]) -> None:
+        require(
+            len(rampup) == 3 and min(rampup) > 0,
+            f"training.rampup_batch_size is {rampup}; give [start, increment, samples]",
+        )
+        start, increment, _ = rampup
+        require(
+            start < self.global_batch_size and (self.global_batch_size - start) % increment == 0,
+            f"training.rampup_batch_size: from {start} in steps of {increment} does not end at "
+            f"global_batch_size {self.global_batch_size}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Token shards, named by their prefix (``.bin`` and ``.idx`` are added)."""
+
+    train_data_path: list[str] = field(default_factory=list)
+    """Prefixes of the training shards, or Megatron's blend: weight, prefix, weight, prefix."""
+
+    valid_data_path: list[str] = field(default_factory=list)
+    """Prefixes of the held-out shards; may be empty when training.eval_iters is 0."""
+
+    data_cache_path: str | None = None
+    """Folder for Megatron's dataset index; unset means beside the first training shard."""
+
+    eod_mask_loss: bool = False
+    """Do not train on the end-of-document token."""
+
+    eod_token: int = 2
+    """Id of the end-of-document token; `data tokenizer` makes 2."""
+
+    def __post_init__(self) -> None:
+        """Check values; raises ConfigError."""
+        require(self.eod_token >= 0, f"data.eod_token is {self.eod_token}; it must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """Layout; data parallelism takes the ranks that are left."""
+
+    tensor_model_parallel_size: int = 1
+    """Ranks that share each matrix."""
+
+    pipeline_model_parallel_size: int = 1
+    """Stages that share the layers."""
+
+    def __post_init__(self) -> None:
+        """Check sizes; raises ConfigError."""
+        require_positive(
+            "parallel", self, "tensor_model_parallel_size", "pipeline_model_parallel_size"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """Saving and resuming, in Megatron's layout (``iter_0000100``, torch_dist)."""
+
+    save: str | None = None
+    """Folder to save to; unset means no checkpoints."""
+
+    save_interval: int | None = None
+    """Iterations between checkpoints; unset means only at the end."""
+
+    load: str | None = None
+    """Folder to resume from; an empty or missing one starts from scratch, as in Megatron."""
+
+    finetune: bool = False
+    """Load weights only: iteration, optimizer and data order start anew."""
+
+    def __post_init__(self) -> None:
+        """Check values; raises ConfigError."""
+        require_positive("checkpoint", self, "save_interval")
+        require(
+            not self.finetune or self.load is not None,
+            "checkpoint.finetune needs checkpoint.load, the folder with the weights",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingConfig:
+    """Progress and metric sinks; metric names are Megatron's."""
+
+    log_interval: int = 10
+    """Iterations between log lines."""
+
+    metrics_path: str | None = None
+    """JSON lines file to append metrics to."""
+
+    tensorboard_dir: str | None = None
+    """Folder of TensorBoard's event files; unset means none."""
+
+    wandb_project: str | None = None
+    """wandb project; unset means that wandb is not used."""
+
+    wandb_exp_name: str | None = None
+    """Name of the run in wandb."""
+
+    wandb_save_dir: str | None = None
+    """Folder of wandb's files.
+
+    wandb works offline when its own WANDB_MODE=offline is set, and then needs no network.
+    """
+
+    def __post_init__(self) -> None:
+        """Check values; raises ConfigError."""
+        require_positive("logging", self, "log_interval")

@@ -1,0 +1,176 @@
+"""Megatron-LM's flags as data: what ``megatron_args`` maps one to one, and why the rest is not.
+
+Source of names, types and defaults: megatron-core 0.19.2, ``training/arguments.py``. Flags are
+written without their leading dashes.
+"""
+
+from __future__ import annotations
+
+DIRECT: dict[str, tuple[str, type]] = {
+    "num-layers": ("model.num_layers", int),
+    "hidden-size": ("model.hidden_size", int),
+    "num-attention-heads": ("model.num_attention_heads", int),
+    "vocab-size": ("model.vocab_size", int),
+    "seq-length": ("model.seq_length", int),
+    "kv-channels": ("model.kv_channels", int),
+    "ffn-hidden-size": ("model.ffn_hidden_size", int),
+    "norm-epsilon": ("model.norm_epsilon", float),
+    "rotary-base": ("model.rotary_base", int),
+    "rotary-percent": ("model.rotary_percent", float),
+    "lr": ("optimizer.lr", float),
+    "adam-beta1": ("optimizer.adam_beta1", float),
+    "adam-beta2": ("optimizer.adam_beta2", float),
+    "adam-eps": ("optimizer.adam_eps", float),
+    "lion-beta1": ("optimizer.lion_beta1", float),
+    "lion-beta2": ("optimizer.lion_beta2", float),
+    "weight-decay": ("optimizer.weight_decay", float),
+    "clip-grad": ("optimizer.clip_grad", float),
+    "lr-warmup-iters": ("schedule.lr_warmup_iters", int),
+    "lr-decay-iters": ("schedule.lr_decay_iters", int),
+    "lr-wsd-decay-iters": ("schedule.lr_wsd_decay_iters", int),
+    "train-iters": ("training.train_iters", int),
+    "global-batch-size": ("training.global_batch_size", int),
+    "micro-batch-size": ("training.micro_batch_size", int),
+    "eval-interval": ("training.eval_interval", int),
+    "eval-iters": ("training.eval_iters", int),
+    "seed": ("training.seed", int),
+    "bf16": ("training.bf16", bool),
+    "profile-step-start": ("training.profile_step_start", int),
+    "profile-step-end": ("training.profile_step_end", int),
+    "init-method-std": ("parameterization.init_method_std", float),
+    "embedding-init-method-std": ("parameterization.embedding_init_method_std", float),
+    "train-data-path": ("data.train_data_path", list),
+    "valid-data-path": ("data.valid_data_path", list),
+    "data-cache-path": ("data.data_cache_path", str),
+    "eod-mask-loss": ("data.eod_mask_loss", bool),
+    "tensor-model-parallel-size": ("parallel.tensor_model_parallel_size", int),
+    "pipeline-model-parallel-size": ("parallel.pipeline_model_parallel_size", int),
+    "save": ("checkpoint.save", str),
+    "save-interval": ("checkpoint.save_interval", int),
+    "load": ("checkpoint.load", str),
+    "finetune": ("checkpoint.finetune", bool),
+    "log-interval": ("logging.log_interval", int),
+    "tensorboard-dir": ("logging.tensorboard_dir", str),
+    "wandb-project": ("logging.wandb_project", str),
+    "wandb-exp-name": ("logging.wandb_exp_name", str),
+    "wandb-save-dir": ("logging.wandb_save_dir", str),
+}
+"""Flag -> our option and its type; ``bool`` is a switch, ``list`` one or more values."""
+
+CHOICES: dict[str, tuple[str, dict[str, str | None]]] = {
+    "optimizer": (
+        "optimizer.optimizer",
+        {
+            "adam": "adam",
+            "lion": "lion",
+            "sgd": None,
+            "muon": None,
+            "dist_muon": None,
+            "adaptive_muon": None,
+            "soap": None,
+        },
+    ),
+    "lr-decay-style": (
+        "schedule.lr_decay_style",
+        {
+            "constant": "constant",
+            "linear": "linear",
+            "cosine": "cosine",
+            "WSD": "WSD",
+            "inverse-square-root": None,
+        },
+    ),
+    "lr-wsd-decay-style": (
+        "schedule.lr_wsd_decay_style",
+        {
+            "exponential": "exponential",
+            "linear": "linear",
+            "cosine": "cosine",
+            "minus_sqrt": "minus_sqrt",
+        },
+    ),
+    "transformer-impl": (
+        "model.transformer_impl",
+        {"local": "local", "transformer_engine": "transformer_engine", "inference_optimized": None},
+    ),
+    "attention-backend": (
+        "model.attention_backend",
+        # PyTorch's attention chooses its kernel itself, as auto does.
+        {"auto": "sdpa", "flash": "sdpa", "fused": "sdpa", "unfused": "local", "local": "local"},
+    ),
+}
+"""Flag -> our option, and Megatron's values -> ours; None has no counterpart."""
+
+DEFAULTS: dict[str, object] = {
+    "model.norm_gain": "vector",
+    "optimizer.adam_beta2": 0.999,
+    "optimizer.weight_decay": 0.01,
+    "optimizer.weight_decay_mode": "coupled",
+    "training.eval_iters": 100,
+    "logging.log_interval": 100,
+}
+"""What a Megatron run has without any flag, where our default is another."""
+
+REQUIRED = {
+    "model.num_layers": "--num-layers is not given",
+    "model.hidden_size": "--hidden-size is not given",
+    "model.num_attention_heads": "--num-attention-heads is not given",
+    "model.vocab_size": "Megatron asks the tokenizer; set it to the tokenizer's size",
+    "model.seq_length": "--seq-length is not given",
+    "optimizer.lr": "--lr is not given",
+    "training.train_iters": "neither --train-iters nor --train-samples is usable",
+    "training.global_batch_size": "Megatron takes micro batch size x data-parallel size",
+    "training.micro_batch_size": "--micro-batch-size is not given",
+}
+"""Options without which no configuration loads."""
+
+ALWAYS_SO: dict[str, tuple[tuple[str, ...], ...]] = {
+    "calculate-per-token-loss": ((),),
+    "ckpt-format": (("torch_dist",),),
+    "context-parallel-size": (("1",),),
+    "expert-model-parallel-size": (("1",),),
+    "no-position-embedding": ((),),
+    "use-mcore-models": ((),),
+    "use-pytorch-profiler": ((),),
+    "weight-decay-incr-style": (("constant",),),
+}
+"""Flags whose value is what this package always does."""
+
+NO_COUNTERPART = "no counterpart; see docs/configuration.md for what can be set"
+REASONS: tuple[tuple[str, str], ...] = (
+    ("fp16", "only fp32 and training.bf16=true are available; fp32 is used"),
+    (r"fp[48].*", "low-precision matrix products are not available"),
+    ("max-position-embeddings", "rotary embeddings have no table of that size"),
+    ("apply-layernorm-1p", "gains are stored as they are, not minus 1; the function is the same"),
+    ("qk-layernorm", "norms on queries and keys are not available; the model has none"),
+    (
+        r"rotary-.*|use-rope-scaling|rope-scaling-factor|no-rope-freq",
+        "only plain RoPE is available",
+    ),
+    (
+        r"decoupled-(min-)?lr",
+        "one base LR is distributed by the rule table; there is no second one",
+    ),
+    (r"(start|end)-weight-decay|weight-decay-incr-style", "weight decay follows the LR schedule"),
+    (r"mup-width-mult", "follows from the hidden sizes"),
+    (r"mup-.*", "has no effect without --use-mup"),
+    (r"moe-.*|num-experts|expert-.*", "mixture of experts is not available"),
+    (
+        r"vocab-file|merge-file|tokenizer-.*|tiktoken-.*|null-tokenizer-.*|vocab-extra-ids",
+        "shards hold token ids; name the tokenizer to 'megatron-mup data' and its size in "
+        "model.vocab_size",
+    ),
+    (r"mock-data", "training reads shards; make some with 'megatron-mup data'"),
+    (r"test-data-path", "there is no test set; evaluate with data.valid_data_path"),
+    (r"context-parallel-size|sequence-parallel|num-layers-per-virtual.*", "layouts are TP, PP, DP"),
+    (
+        r"(no-)?overlap-.*|use-distributed-optimizer|recompute-.*|distributed-.*|manual-gc.*|"
+        r"empty-unused-.*|no-.*-fusion|cross-entropy-.*|use-flash-attn|num-workers|"
+        r"no-mmap-bin-files|no-create-attention-mask-in-dataloader|no-persist-layer-norm|"
+        r"tp-comm-.*|attention-softmax-in-fp32|accumulate-allreduce-grads-in-fp32|dataloader-type",
+        "speed, memory or precision of the same computation; there is no such switch",
+    ),
+    (r"log-.*|timing-.*|tensorboard-.*|wandb-.*", "there is no such logging switch"),
+    (r"(no-)?(save|load)-.*|ckpt-.*|use-checkpoint-.*", "there is no such checkpoint switch"),
+)
+"""Patterns of flags and why they are listed; the first that matches counts."""

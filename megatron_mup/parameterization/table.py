@@ -1,0 +1,162 @@
+"""The resolved parameter table: one row per logical parameter, one reading of the rules.
+
+The same object feeds initialization, optimizer groups and hooks, is printed by ``describe``, logged
+at start, saved with every checkpoint and compared on load. Must not import torch or megatron.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from megatron_mup.parameterization.options import OptimizerNumbers, ParameterizationConfig
+from megatron_mup.parameterization.roles import LogicalTensor, ModelShape, logical_tensors
+from megatron_mup.parameterization.rules import Multipliers, Rules
+
+JsonRow = dict[str, str | float | list[int] | None]
+
+JSON_KEYS = (
+    "name",
+    "role",
+    "shape",
+    "fan_in",
+    "base_fan_in",
+    "init_std",
+    "lr",
+    "weight_decay",
+    "decay_per_step",
+    "eps",
+    "forward_mult",
+    "source",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableRow:
+    """One logical parameter with every number that the rules give it.
+
+    ``weight_decay`` is the group's value, which the LR multiplies; ``lr`` is the peak.
+    """
+
+    tensor: LogicalTensor
+    base_fan_in: float
+    init_std: float
+    lr: float
+    weight_decay: float
+    eps: float | None
+    forward_mult: float
+    source: str
+
+    @property
+    def decay_per_step(self) -> float:
+        """Fraction of the weight removed by one step at peak LR."""
+        return self.lr * self.weight_decay
+
+    def to_json(self) -> JsonRow:
+        """The row with exactly the keys of ``JSON_KEYS``."""
+        return {
+            "name": self.tensor.name,
+            "role": self.tensor.role.value,
+            "shape": list(self.tensor.shape),
+            "fan_in": self.tensor.fan_in,
+            "base_fan_in": self.base_fan_in,
+            "init_std": self.init_std,
+            "lr": self.lr,
+            "weight_decay": self.weight_decay,
+            "decay_per_step": self.decay_per_step,
+            "eps": self.eps,
+            "forward_mult": self.forward_mult,
+            "source": self.source,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParameterTable:
+    """All rows of a model and its forward multipliers."""
+
+    rows: tuple[TableRow, ...]
+    multipliers: Multipliers
+
+    def to_json(self) -> list[JsonRow]:
+        """Rows as plain data, in the order of the forward pass."""
+        return [row.to_json() for row in self.rows]
+
+    def by_parameter(self) -> dict[str, tuple[TableRow, ...]]:
+        """Rows grouped by the Megatron parameter that holds them."""
+        grouped: dict[str, list[TableRow]] = {}
+        for row in self.rows:
+            grouped.setdefault(row.tensor.parameter, []).append(row)
+        return {name: tuple(rows) for name, rows in grouped.items()}
+
+
+def resolve(
+    shape: ModelShape, config: ParameterizationConfig, optimizer: OptimizerNumbers
+) -> ParameterTable:
+    """Evaluate the rule table for a model.
+
+    Args:
+        shape: global model shape.
+        config: parameterization options, base shape included.
+        optimizer: base LR, weight decay and eps.
+
+    Returns:
+        The table that everything else reads.
+
+    Raises:
+        ParameterizationError: no base shape under muP, or a combination without a rule.
+    """
+    rules = Rules(shape, config, optimizer)
+    rows = []
+    for tensor in logical_tensors(shape):
+        values = rules.evaluate(tensor)
+        rows.append(
+            TableRow(
+                tensor=tensor,
+                base_fan_in=values.base_fan_in,
+                init_std=values.init_std,
+                lr=values.lr,
+                weight_decay=values.weight_decay,
+                eps=values.eps,
+                forward_mult=values.forward_mult,
+                source=values.source,
+            )
+        )
+    return ParameterTable(rows=tuple(rows), multipliers=rules.multipliers)
+
+
+def difference(
+    saved: Sequence[Mapping[str, object]],
+    current: Sequence[Mapping[str, object]],
+    *,
+    keys: Sequence[str] = JSON_KEYS,
+    limit: int = 12,
+) -> list[str]:
+    """Lines that name every number in which two tables differ.
+
+    Args:
+        saved: rows read from a checkpoint.
+        current: rows of the running configuration.
+        keys: which columns count.
+        limit: number of lines after which the rest is only counted.
+
+    Returns:
+        Human-readable lines, empty when the tables agree (to 12 significant digits).
+    """
+    saved_rows = {str(row["name"]): row for row in saved}
+    current_rows = {str(row["name"]): row for row in current}
+    lines = [f"{name}: only in the checkpoint" for name in saved_rows if name not in current_rows]
+    lines += [f"{name}: not in the checkpoint" for name in current_rows if name not in saved_rows]
+    for name, row in current_rows.items():
+        for key in keys if name in saved_rows else ():
+            if not _same(saved_rows[name].get(key), row.get(key)):
+                lines.append(f"{name}: {key} was {saved_rows[name].get(key)}, now {row.get(key)}")
+    if len(lines) > limit:
+        lines = [*lines[:limit], f"and {len(lines) - limit} more"]
+    return lines
+
+
+def _same(left: object, right: object) -> bool:
+    if isinstance(left, int | float) and isinstance(right, int | float):
+        return math.isclose(left, right, rel_tol=1e-12)
+    return left == right
