@@ -1,0 +1,169 @@
+"""The one function that builds the GPT; nothing else names ``GPTModel``.
+
+``GPTModel`` is marked deprecated in megatron-core 0.19.2 in favour of ``HybridModel``; keeping its
+name here makes that move a change of this file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as functional
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.activations import squared_relu
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer import TransformerConfig
+from torch import Tensor
+
+from megatron_mup import platform
+from megatron_mup.config import Activation, ModelConfig, RunConfig, TransformerImpl
+from megatron_mup.errors import ParameterizationError
+from megatron_mup.model.hooks import register_multipliers
+from megatron_mup.model.initialization import Shard, initialize
+from megatron_mup.model.layer_specs import block_spec
+from megatron_mup.parameterization.roles import NormGain
+from megatron_mup.parameterization.rules import Multipliers
+from megatron_mup.parameterization.table import ParameterTable
+
+ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+    Activation.RELU: functional.relu,
+    Activation.SQUARED_RELU: squared_relu,
+    Activation.GELU: functional.gelu,
+    Activation.SWIGLU: functional.silu,
+}
+
+
+def transformer_config(run: RunConfig, multipliers: Multipliers) -> TransformerConfig:
+    """Megatron's model configuration of a run.
+
+    Megatron initialises nothing (``perform_initialization=False``): our pass does. Its own muP
+    (``use_mup``) stays off.
+
+    Args:
+        run: the run's configuration.
+        multipliers: forward multipliers from the table; the attention scale enters here.
+    """
+    model, parallel = run.model, run.parallel
+    dtype = torch.bfloat16 if run.training.bf16 else torch.float32
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.query_groups,
+        kv_channels=model.head_dim,
+        ffn_hidden_size=model.ffn_width,
+        activation_func=ACTIVATIONS[model.activation],
+        gated_linear_unit=model.activation is Activation.SWIGLU,
+        add_bias_linear=model.add_bias_linear,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.norm_epsilon,
+        softmax_scale=multipliers.attention,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        pipeline_dtype=dtype,
+        params_dtype=dtype,
+        bf16=run.training.bf16,
+        perform_initialization=False,
+        use_cpu_initialization=not platform.has_cuda(),
+        calculate_per_token_loss=True,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        apply_rope_fusion=model.transformer_impl is TransformerImpl.TRANSFORMER_ENGINE,
+        bias_dropout_fusion=False,
+        bias_activation_fusion=False,
+    )
+
+
+def build_model(run: RunConfig, table: ParameterTable) -> torch.nn.Module:
+    """Build this process's pipeline stage with its hooks and initial weights.
+
+    Needs Megatron's parallel state. DDP and the optimizer must be built after it, because fp32
+    main parameters are copies.
+
+    Args:
+        run: the run's configuration.
+        table: its resolved parameter table.
+
+    Returns:
+        GPTModel of this stage, on this process's device.
+
+    Raises:
+        ParameterizationError: a parameter has no role in the table.
+        InstallationError: TransformerEngine is asked for but absent.
+    """
+    model = construct(run.model, transformer_config(run, table.multipliers), table.multipliers)
+    shard = Shard(
+        parallel_state.get_tensor_model_parallel_rank(),
+        parallel_state.get_tensor_model_parallel_world_size(),
+    )
+    initialize(model, table, run.model.shape, seed=run.training.seed, shard=shard)
+    return model
+
+
+def construct(
+    model: ModelConfig, config: TransformerConfig, multipliers: Multipliers
+) -> torch.nn.Module:
+    """Build one stage with hooks but without initial weights; see ``build_model``."""
+    gpt: torch.nn.Module = GPTModel(
+        config,
+        block_spec(model, config, multipliers.residual),
+        model.padded_vocab_size,
+        model.seq_length,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,
+        position_embedding_type="rope",
+        rotary_percent=model.rotary_percent,
+        rotary_base=model.rotary_base,
+    )
+    for parameter in gpt.parameters():
+        # The CPU initialization path of 0.19.2 leaves replicated parameters without attributes.
+        tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
+    if model.transformer_impl is TransformerImpl.TRANSFORMER_ENGINE:
+        _freeze_unused_gains(gpt, model.norm_gain)
+    register_multipliers(gpt, multipliers)
+    check_attention_scale(gpt, multipliers.attention)
+    return gpt.to(platform.device())
+
+
+@torch.no_grad()
+def _freeze_unused_gains(gpt: torch.nn.Module, gain: NormGain) -> None:
+    """TransformerEngine norms always have a gain; without learned gains it is frozen at 1."""
+    if gain is not NormGain.NONE:
+        return
+    for name, parameter in gpt.named_parameters():
+        if name.endswith("layer_norm_weight") or name == "decoder.final_layernorm.weight":
+            parameter.fill_(1.0)
+            parameter.requires_grad_(False)
+
+
+def check_attention_scale(gpt: torch.nn.Module, scale: float) -> None:
+    """Check that every attention backend of a built model holds the table's scale.
+
+    A backend that keeps its own 1/sqrt(D) trains without complaint; TransformerEngine's module has
+    three backends, each with its copy.
+
+    Args:
+        gpt: a GPTModel, one pipeline stage.
+        scale: the attention multiplier of the table.
+
+    Raises:
+        ParameterizationError: a backend has another scale, or shows none.
+    """
+    for name, core in gpt.named_modules():
+        if not name.endswith(".core_attention"):
+            continue
+        scales = {
+            part or "itself": module.softmax_scale
+            for part, module in core.named_modules()
+            if hasattr(module, "softmax_scale")
+        }
+        if not scales or set(scales.values()) != {scale}:
+            raise ParameterizationError(
+                f"{name} ({type(core).__name__}) scales attention scores by {scales}, the table "
+                f"says {scale}; this attention module ignores the scale it is given"
+            )

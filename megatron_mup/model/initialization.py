@@ -1,0 +1,166 @@
+"""Initial weights: one pass over the logical tensors, the same values for any layout.
+
+Each logical tensor is cut into blocks of ``BLOCK`` rows along the axis that tensor parallelism
+splits, and each block has its own random stream, keyed by (seed, tensor name, block number). A rank
+draws the blocks that overlap its shard and nothing else, so the values depend neither on TP, PP and
+DP nor on the order of drawing, and a 10B model costs a rank only its own share. Values are
+drawn on the CPU in fp32 and then cast, so a GPU starts from the same weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from megatron_mup.model.naming import rows_of_parameters
+from megatron_mup.parameterization.roles import ModelShape, Part, Role
+from megatron_mup.parameterization.table import ParameterTable, TableRow
+
+BLOCK = 128
+"""Rows (or columns, for row-parallel matrices) of one random stream. Ours; part of the format:
+changing it changes every initial weight."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Which part of the tensor-parallel dimension this process holds."""
+
+    rank: int = 0
+    size: int = 1
+
+    def span(self, length: int) -> tuple[int, int]:
+        """Half-open range of a dimension of ``length`` that this shard holds."""
+        per_rank = length // self.size
+        return self.rank * per_rank, (self.rank + 1) * per_rank
+
+
+def block_generator(seed: int, name: str, block: int) -> np.random.Generator:
+    """Random stream of one block; Philox, so that nearby keys are independent."""
+    digest = hashlib.sha256(f"{seed}/{name}/{block}".encode()).digest()
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
+
+
+def draw_rows(
+    *, seed: int, name: str, length: int, width: int, span: tuple[int, int]
+) -> NDArray[np.float32]:
+    """Standard normal rows ``span`` of a [length, width] tensor, whoever asks for them.
+
+    Args:
+        seed: the run's seed.
+        name: logical tensor name.
+        length: global number of rows along the split axis.
+        width: elements of a row.
+        span: half-open global row range.
+
+    Returns:
+        float32 array [span, width].
+    """
+    start, stop = span
+    rows = np.empty((stop - start, width), dtype=np.float32)
+    for block in range(start // BLOCK, -(-stop // BLOCK)):
+        first, last = block * BLOCK, min((block + 1) * BLOCK, length)
+        values = block_generator(seed, name, block).standard_normal(
+            (last - first, width), dtype=np.float32
+        )
+        low, high = max(first, start), min(last, stop)
+        rows[low - start : high - start] = values[low - first : high - first]
+    return rows
+
+
+def part_view(parameter: Tensor, part: Part, shape: ModelShape) -> Tensor:
+    """The rows of one logical tensor inside a (fused) parameter shard, as a writable view.
+
+    Megatron interleaves QKV by query group ([G, (H/G + 2) * D, M]) and stacks gate over up.
+
+    Args:
+        parameter: local shard of a weight [rows, M] or bias [rows].
+        part: which logical tensor.
+        shape: global model shape.
+
+    Returns:
+        View whose elements are the part's rows in logical order (QKV: [G, rows, ...]).
+    """
+    if part is Part.WHOLE:
+        return parameter
+    if part in (Part.GATE, Part.UP):
+        return parameter.chunk(2, dim=0)[0 if part is Part.GATE else 1]
+    head_dim = shape.kv_channels
+    query_rows = shape.num_attention_heads // shape.num_query_groups * head_dim
+    grouped = parameter.view(-1, query_rows + 2 * head_dim, *parameter.shape[1:])
+    start, stop = {
+        Part.QUERY: (0, query_rows),
+        Part.KEY: (query_rows, query_rows + head_dim),
+        Part.VALUE: (query_rows + head_dim, query_rows + 2 * head_dim),
+    }[part]
+    return grouped[:, start:stop]
+
+
+def _fill(view: Tensor, row: TableRow, *, seed: int, shard: Shard) -> None:
+    """Write one logical tensor's local values into its view."""
+    tensor = row.tensor
+    if tensor.role is Role.GAIN:
+        view.fill_(1.0)
+        return
+    if row.init_std == 0.0:
+        view.zero_()
+        return
+    axis = tensor.partition_axis or 0
+    length, width = tensor.shape[axis], tensor.shape[1 - axis]
+    start, stop = shard.span(length) if tensor.partition_axis is not None else (0, length)
+    matrix = view.flatten(0, -2) if view.is_contiguous() else None
+    # Cut at block boundaries: a shard that starts inside a block draws no block twice.
+    boundaries = range((start // BLOCK + 1) * BLOCK, stop, BLOCK)
+    for low, high in itertools.pairwise((start, *boundaries, stop)):
+        rows = draw_rows(seed=seed, name=tensor.name, length=length, width=width, span=(low, high))
+        rows *= np.float32(row.init_std)
+        values = torch.from_numpy(rows)
+        if axis == 1:
+            view[:, low - start : high - start].copy_(values.T)
+        elif matrix is not None:
+            matrix[low - start : high - start].copy_(values)
+        else:
+            _copy_grouped(view, values, low - start)
+
+
+def _copy_grouped(view: Tensor, values: Tensor, offset: int) -> None:
+    """Copy logical rows [offset, offset + n) into a [groups, rows, width] view."""
+    per_group = view.shape[1]
+    done = 0
+    while done < values.shape[0]:
+        group, within = divmod(offset + done, per_group)
+        count = min(per_group - within, values.shape[0] - done)
+        view[group, within : within + count].copy_(values[done : done + count])
+        done += count
+
+
+@torch.no_grad()
+def initialize(
+    model: torch.nn.Module,
+    table: ParameterTable,
+    shape: ModelShape,
+    *,
+    seed: int,
+    shard: Shard,
+) -> None:
+    """Give every trainable parameter of this stage its initial value.
+
+    Args:
+        model: unwrapped GPTModel, one pipeline stage; its parameters may hold garbage.
+        table: resolved parameter table.
+        shape: global model shape.
+        seed: the run's seed.
+        shard: this process's place in tensor parallelism.
+
+    Raises:
+        ParameterizationError: a parameter has no role.
+    """
+    rows = rows_of_parameters(model, table)
+    for name, parameter in model.named_parameters():
+        for row in rows.get(name, ()):
+            _fill(part_view(parameter.data, row.tensor.part, shape), row, seed=seed, shard=shard)

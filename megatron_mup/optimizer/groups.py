@@ -1,0 +1,108 @@
+"""The table's LR, decay and eps as Megatron's per-parameter overrides.
+
+Parameters with equal numbers share a group, and the keys are disjoint. Every trainable parameter
+is looked up in the table first, so none falls back to a default unseen. Decay goes through
+``wd_mult``: the group's weight decay is the configured one times ``wd_mult``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core.optimizer import ParamKey
+from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
+
+from megatron_mup.errors import ParameterizationError
+from megatron_mup.model.naming import rows_of_parameters, strip_wrappers
+from megatron_mup.parameterization.table import ParameterTable, TableRow
+
+Override = dict[str, float]
+
+
+@dataclass(frozen=True, order=True)
+class GroupNumbers:
+    """What makes two parameters belong to one group; values at peak."""
+
+    lr: float
+    weight_decay: float
+    eps: float | None
+
+
+def _numbers(parameter: str, rows: tuple[TableRow, ...]) -> GroupNumbers:
+    """The numbers of one Megatron parameter.
+
+    Raises:
+        ParameterizationError: its logical tensors have different numbers.
+    """
+    numbers = {GroupNumbers(row.lr, row.weight_decay, row.eps) for row in rows}
+    if len(numbers) != 1:
+        raise ParameterizationError(
+            f"'{parameter}' fuses tensors with different learning rates, decays or eps "
+            f"({', '.join(f'{row.tensor.role}: {row.lr:g}' for row in rows)}); an optimizer "
+            "cannot treat parts of one parameter differently"
+        )
+    return numbers.pop()
+
+
+def parameter_groups(
+    model: torch.nn.Module, table: ParameterTable
+) -> dict[GroupNumbers, frozenset[str]]:
+    """Local parameter names of one stage, by the numbers they share.
+
+    Args:
+        model: unwrapped GPTModel.
+        table: resolved parameter table.
+
+    Raises:
+        ParameterizationError: a parameter without a role, or a fused one with two rules.
+    """
+    groups: dict[GroupNumbers, set[str]] = {}
+    for name, rows in rows_of_parameters(model, table).items():
+        groups.setdefault(_numbers(name, rows), set()).add(name)
+    return {numbers: frozenset(names) for numbers, names in groups.items()}
+
+
+def config_overrides(
+    model: torch.nn.Module,
+    table: ParameterTable,
+    *,
+    defaults: GroupNumbers,
+    min_lr_ratio: float,
+) -> dict[ParamKey, Override]:
+    """Overrides for ``get_megatron_optimizer``.
+
+    Parameters whose numbers are the optimizer's own get no override: Megatron puts that group
+    first, as in a stock run, so the gradient norm is summed in stock's order.
+
+    Args:
+        model: unwrapped GPTModel.
+        table: resolved parameter table.
+        defaults: the optimizer configuration's LR, weight decay (lambda) and eps.
+        min_lr_ratio: final schedule factor; ``min_lr`` is informative, our schedule sets the LR.
+
+    Returns:
+        One disjoint key per group of equal numbers.
+    """
+    overrides: dict[ParamKey, Override] = {}
+    decay = defaults.weight_decay
+    for numbers, names in parameter_groups(model, table).items():
+        if numbers == defaults:
+            continue
+        label = f"mup:lr={numbers.lr!r},wd={numbers.weight_decay!r},eps={numbers.eps!r}"
+        override: Override = {
+            "max_lr": numbers.lr,
+            "min_lr": numbers.lr * min_lr_ratio,
+            "wd_mult": numbers.weight_decay / decay if decay else 0.0,
+        }
+        if numbers.eps is not None:
+            override["eps"] = numbers.eps
+        overrides[ParamKey(with_name_predicate=_named(label, names))] = override
+    return overrides
+
+
+def _named(label: str, names: frozenset[str]) -> ParamWithNamePredicate:
+    """A predicate that matches exactly these local names, wrapped or not."""
+    return ParamWithNamePredicate(
+        name=label, fn=lambda _parameter, name: strip_wrappers(name) in names
+    )

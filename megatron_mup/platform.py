@@ -1,0 +1,153 @@
+"""The only file that knows there may be no GPU.
+
+megatron-core 0.19.2 names CUDA in places that a CPU run reaches: ``device="cuda"`` literals in the
+schedules, gradient clipping and optimizers, the CUDA RNG tracker, and type checks against
+``torch.cuda.FloatTensor``. On a machine without CUDA ``prepare`` points these at the CPU; on a
+machine with CUDA it does nothing. It must run before ``megatron`` is imported, because
+``megatron.core.tensor_parallel.random`` binds ``torch.cuda._lazy_call`` by name; the packages that
+import megatron (``model``, ``optimizer``, ``training``) call it first.
+
+Each patch below says which upstream line needs it (megatron-core 0.19.2). Must not import megatron.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_CPU = torch.device("cpu")
+
+
+def has_cuda() -> bool:
+    """Whether a CUDA device can be used."""
+    return torch.cuda.is_available()
+
+
+def device() -> torch.device:
+    """The device of this process: its CUDA device, or the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if has_cuda() else _CPU
+
+
+def distributed_backend() -> str:
+    """``nccl`` on GPUs, ``gloo`` on CPUs."""
+    return "nccl" if has_cuda() else "gloo"
+
+
+def bind_device(local_rank: int) -> None:
+    """Select this process's GPU; nothing to do on a CPU."""
+    if has_cuda():
+        torch.cuda.set_device(local_rank % torch.cuda.device_count())
+
+
+def cpu_rng_only() -> bool:
+    """Whether random state lives on the CPU alone."""
+    return not has_cuda()
+
+
+def peak_memory_bytes() -> int:
+    """Largest memory so far: allocated on the GPU, or resident of the process."""
+    if has_cuda():
+        return int(torch.cuda.max_memory_allocated())
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc reuse freed activations instead of giving them back to the kernel each step.
+
+    By default it unmaps large blocks and trims the heap, and a training step of the 3M benchmark
+    model then faults in 10,000 pages again: 4% of its CPU time. Peak memory stays the same.
+    The numbers are malloc.h's M_MMAP_THRESHOLD (-3), at its largest value, and M_TRIM_THRESHOLD.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    # Absent from other C libraries; failure only costs the time.
+    if mallopt is not None:
+        mallopt(-3, 32 * 1024 * 1024)
+        mallopt(-1, 2**31 - 1)
+
+
+class _CpuGenerators:
+    """Stands for ``torch.cuda.default_generators``: one generator, the CPU's."""
+
+    def __getitem__(self, index: int) -> torch.Generator:
+        return torch.default_generator
+
+
+def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Wrap a tensor factory so that ``device="cuda"`` means the CPU."""
+
+    @functools.wraps(factory)
+    def wrapped(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if kwargs.get("device") == "cuda":
+            kwargs["device"] = _CPU
+        return factory(*args, **kwargs)
+
+    return wrapped
+
+
+def _cuda_type_name(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap ``Tensor.type`` so that Megatron's CUDA type assertions hold for CPU tensors."""
+
+    @functools.wraps(original)
+    def wrapped(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, *args, **kwargs)
+        if args or kwargs or not isinstance(result, str):
+            return result
+        return result.replace("torch.", "torch.cuda.", 1)
+
+    return wrapped
+
+
+def _patch_torch_for_cpu() -> None:
+    cuda: Any = torch.cuda
+    # schedules.py:749, attention global buffers: the current device.
+    cuda.current_device = lambda: _CPU
+    # p2p_communication.py, finalize: waits for kernels.
+    cuda.synchronize = lambda *args, **kwargs: None
+    # param_and_grad_buffer.py:632: stream of the gradient reduction.
+    cuda.current_stream = lambda *args, **kwargs: None
+    # tensor_parallel/random.py: the RNG tracker forks and restores the CUDA generator.
+    cuda.get_rng_state = cuda.random.get_rng_state = lambda device=None: torch.get_rng_state()
+    cuda.manual_seed = torch.default_generator.manual_seed
+    cuda.default_generators = _CpuGenerators()
+    cuda._lazy_call = lambda callback, **kwargs: callback()
+    # schedules.py:1121, optimizer.py:1249, clip_grads.py:96: scalars made on "cuda".
+    for name in ("tensor", "zeros", "ones"):
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+    # language_module.py:307, optimizer loading: moves of a tensor to the GPU.
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+    # clip_grads.py:174, optimizer.py:1009: parameters are sorted by CUDA type name.
+    torch.Tensor.type = _cuda_type_name(torch.Tensor.type)  # type: ignore[method-assign]
+
+
+@functools.cache
+def prepare() -> None:
+    """Make this process able to import and run megatron-core; idempotent.
+
+    Must come before the first import of ``megatron``; silences upstream's notices that ask for
+    nothing (deprecation of GPTModel, absent TransformerEngine and apex).
+    """
+    warnings.filterwarnings("ignore", module=r"megatron\.|torch\.distributed")
+    warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine|transformer_engine).*")
+    for name in ("megatron.core", "torch.utils.cpp_extension"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    if has_cuda():
+        return
+    if "megatron.core.tensor_parallel.random" in sys.modules:
+        raise RuntimeError(
+            "megatron.core was imported before megatron_mup on a machine without CUDA; "
+            "import megatron_mup.model (or call megatron_mup.platform.prepare) first"
+        )
+    # torch.compile's CPU warm-up takes 30 s and gains nothing measurable at this scale.
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    _patch_torch_for_cpu()
+    _keep_freed_memory()

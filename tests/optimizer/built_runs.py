@@ -1,0 +1,28 @@
+"""Built models with their optimizer, for tests of what the optimizer really holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from megatron_mup.config import RunConfig
+from megatron_mup.training.processes import Launch, parallel_processes
+from megatron_mup.training.step import TrainState, build_state
+
+
+@contextmanager
+def built(run: RunConfig) -> Iterator[TrainState]:
+    """The run's state inside one process's parallel groups."""
+    with parallel_processes(run, Launch()):
+        yield build_state(run)
+
+
+def group_of(state: TrainState) -> dict[str, dict[str, Any]]:
+    """The optimizer group of every parameter, by Megatron's name."""
+    groups: dict[int, dict[str, Any]] = {}
+    for group in state.optimizer.param_groups:
+        for parameter in group["params"]:
+            assert id(parameter) not in groups
+            groups[id(parameter)] = group
+    return {name: groups[id(p)] for name, p in state.bare_model.named_parameters()}
