@@ -1,0 +1,42 @@
+"""Check the configured token shards before anything expensive starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_mup.config import RunConfig
+from megatron_mup.data.datasets import parse_blend
+from megatron_mup.data.shards import open_shard
+from megatron_mup.errors import DataError
+
+
+def check_training_data(run: RunConfig) -> None:
+    """Check that every configured shard exists, is whole, and fits the model.
+
+    Args:
+        run: the run's configuration.
+
+    Raises:
+        DataError: no training data, a missing, truncated or empty shard, fewer tokens than one
+            sequence, or token ids outside the vocabulary.
+    """
+    if not run.data.train_data_path:
+        raise DataError(
+            "data.train_data_path is empty; make shards with 'megatron-mup data preprocess' and "
+            "set data.train_data_path=[PREFIX]"
+        )
+    if run.training.eval_iters > 0 and not run.data.valid_data_path:
+        raise DataError(
+            "data.valid_data_path is empty but training.eval_iters is "
+            f"{run.training.eval_iters}; give held-out shards or set training.eval_iters=0"
+        )
+    valid = run.data.valid_data_path if run.training.eval_iters > 0 else []
+    for paths in (run.data.train_data_path, valid):
+        for prefix in parse_blend(paths)[0]:
+            shard = open_shard(Path(prefix), vocab_size=run.model.vocab_size)
+            if shard.tokens <= run.model.seq_length:
+                raise DataError(
+                    f"shard '{prefix}' has {shard.tokens} tokens, which is not one sequence of "
+                    f"model.seq_length {run.model.seq_length} + 1; use more text or a shorter "
+                    "sequence"
+                )

@@ -1,0 +1,88 @@
+"""Publication of finished files: nothing incomplete is ever seen under a final name.
+
+A file is written under a temporary name in the target's own folder (a rename is atomic only inside
+one filesystem), synced to disk, and only then renamed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from megatron_mup.errors import DataError
+
+
+def check_writable(targets: list[Path], *, overwrite: bool, option: str) -> None:
+    """Refuse an output that could not be published, before any expensive work.
+
+    Args:
+        targets: Final names of the files to come.
+        overwrite: Whether existing targets may be replaced.
+        option: The command-line option that named the output; for the message.
+
+    Raises:
+        DataError: A target exists and ``overwrite`` is false, or its folder cannot be written.
+    """
+    existing = [target for target in targets if os.path.lexists(target)]
+    if existing and not overwrite:
+        names = ", ".join(str(target) for target in existing)
+        raise DataError(f"output exists: {names}; pass --overwrite or another {option}")
+    folders = [target for target in targets if target.is_dir()]
+    if folders:
+        raise DataError(f"output {folders[0]} is a folder; pass another {option}")
+    for folder in sorted({target.parent for target in targets}):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            probe = folder / f".write-probe.{os.getpid()}.tmp"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise DataError(
+                f"cannot write to the folder {folder} of {option}: {error.strerror or error}; "
+                f"pass a {option} in a writable folder"
+            ) from error
+
+
+def temporary_name(target: Path) -> Path:
+    """Return the hidden name, beside ``target``, that it has until it is published."""
+    return target.with_name(f".{target.name}.{os.getpid()}.tmp")
+
+
+def sync_stream(stream: BinaryIO) -> None:
+    """Flush ``stream`` and wait until the disk holds its bytes."""
+    stream.flush()
+    os.fsync(stream.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the disk holds the renames made in ``folder``."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def published(target: Path) -> Iterator[BinaryIO]:
+    """Open a file for writing that appears under its name only when the block succeeds.
+
+    Args:
+        target: The final name; an existing file is replaced.
+
+    Yields:
+        The binary stream to write to. If the block raises, the temporary file is removed and
+        ``target`` stays as it was.
+    """
+    temporary = temporary_name(target)
+    try:
+        with temporary.open("wb") as stream:
+            yield stream
+            sync_stream(stream)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(target.parent)

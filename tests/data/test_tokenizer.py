@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import hashlib
+import io
+from pathlib import Path
+
+import pytest
+import sentencepiece
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_mup.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_bytes
+from megatron_mup.data.tokenizer_training import TokenizerOptions, train_tokenizer
+from megatron_mup.errors import DataError
+
+ANY_TEXT = st.text() | st.text(alphabet=" \t\n\r\u2581ab<s>/\0\u00e9\U0001f600\ufffd")
+
+
+@pytest.fixture(scope="module")
+def unigram(sources: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    prefix = tmp_path_factory.mktemp("unigram") / "u"
+    options = TokenizerOptions(vocab_size=400, model_type="unigram", held_out_fraction=0.0)
+    return load_tokenizer(train_tokenizer(sources[:3], prefix, options=options).model_path)
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=ANY_TEXT)
+def test_any_text_survives_encoding(tokenizer: Tokenizer, text: str) -> None:
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert all(3 <= token < 512 for token in ids)
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=ANY_TEXT)
+def test_any_text_survives_a_unigram_model(unigram: Tokenizer, text: str) -> None:
+    assert unigram.decode(unigram.encode(text)) == text
+
+
+@settings(max_examples=50, deadline=None)
+@given(texts=st.lists(ANY_TEXT, max_size=4))
+def test_a_batch_is_encoded_as_its_texts_one_by_one(tokenizer: Tokenizer, texts: list[str]) -> None:
+    assert tokenizer.encode_batch(texts) == [tokenizer.encode(text) for text in texts]
+
+
+def test_special_ids_are_fixed_and_never_come_from_text(tokenizer: Tokenizer) -> None:
+    assert (tokenizer.bos, tokenizer.eod, tokenizer.vocab_size) == (1, 2, 512)
+    assert not {0, 1, 2} & set(tokenizer.encode("<unk><s></s>"))
+    assert tokenizer.decode([1, *tokenizer.encode("x"), 2]) == "x"
+
+
+def test_newlines_and_runs_of_spaces_are_single_pieces(tokenizer: Tokenizer) -> None:
+    assert tokenizer.encode("\n\n") == [3, 3]
+    assert len(tokenizer.encode("        ")) == 1
+
+
+def test_the_digest_is_that_of_the_file(tokenizer: Tokenizer, model_path: Path) -> None:
+    assert tokenizer.sha256 == hashlib.sha256(model_path.read_bytes()).hexdigest()
+
+
+def test_ids_outside_the_vocabulary_are_refused(tokenizer: Tokenizer) -> None:
+    for token in (-1, 512):
+        with pytest.raises(DataError, match=f"token id {token} is outside .* vocabulary of 512"):
+            tokenizer.decode([5, token])
+
+
+def test_a_file_that_is_no_tokenizer_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.model"
+    with pytest.raises(DataError, match=r"cannot read the tokenizer model .*x\.model: No such"):
+        load_tokenizer(path)
+    for content in (b"", b"garbage" * 50):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=r"x\.model is not a sentencepiece model"):
+            load_tokenizer(path)
+
+
+def test_a_model_without_an_end_of_document_is_refused() -> None:
+    buffer = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["abc abd"]),
+        model_writer=buffer,
+        vocab_size=10,
+        hard_vocab_limit=False,
+        eos_id=-1,
+        minloglevel=2,
+    )
+    with pytest.raises(DataError, match="has no eos piece"):
+        tokenizer_from_bytes(buffer.getvalue())
