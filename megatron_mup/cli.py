@@ -1,0 +1,168 @@
+"""``megatron-mup <verb>``: the command line. Thin: reads arguments, calls one function, prints.
+
+User errors (``MupError``) end with one message and their exit code, without a traceback. Heavy
+imports happen inside the verbs, so that ``--help`` and errors are quick.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megatron_mup import __version__
+from megatron_mup.data.commands import app as data_app
+from megatron_mup.errors import ConfigError, MupError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="muP for Megatron-Core: train, describe, preprocess, check.",
+)
+app.add_typer(data_app, name="data", help="Tokenizers and token shards.")
+
+ConfigOption = Annotated[
+    Path | None, typer.Option("--config", help="YAML configuration; see docs/configuration.md.")
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="key=value or section.key=value", metavar="KEY=VALUE")
+]
+EXIT_DIVERGED = 3
+
+
+def _require_config(path: Path | None) -> Path:
+    if path is None:
+        raise ConfigError("--config FILE is missing; examples/ holds configurations to start from")
+    return path
+
+
+@app.command()
+def train(
+    overrides: Overrides = None,
+    config: ConfigOption = None,
+    from_megatron_args: Annotated[
+        str | None,
+        typer.Option(
+            "--from-megatron-args",
+            help="Print the YAML for a Megatron-LM command line instead of training.",
+        ),
+    ] = None,
+) -> None:
+    """Train a GPT as configured; launch with python, torchrun or srun."""
+    if from_megatron_args is not None:
+        from megatron_mup.megatron_args import translate
+
+        translation = translate(from_megatron_args)
+        typer.echo(translation.yaml)
+        for line in translation.unmapped:
+            typer.echo(line, err=True)
+        return
+    from megatron_mup.config_io import load_config
+    from megatron_mup.describe import describe_text
+
+    run = load_config(_require_config(config), overrides or [])
+    from megatron_mup.training.loop import train as run_training
+    from megatron_mup.training.processes import detect_launch
+
+    if detect_launch().rank == 0:
+        typer.echo(describe_text(run.table))
+    result = run_training(run, echo=typer.echo)
+    if result.diverged:
+        raise typer.Exit(EXIT_DIVERGED)
+
+
+@app.command()
+def describe(
+    overrides: Overrides = None,
+    config: ConfigOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Print every parameter with its init, LR, decay, eps, multiplier and source."""
+    from megatron_mup.config_io import load_config
+    from megatron_mup.describe import describe_json, describe_text
+
+    table = load_config(_require_config(config), overrides or []).table
+    typer.echo(describe_json(table) if as_json else describe_text(table))
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Print versions, device, active kernels, and what is missing for FP8."""
+    from megatron_mup import doctor as module
+
+    report = module.collect()
+    typer.echo(json.dumps(asdict(report), indent=1) if as_json else module.render(report))
+
+
+@app.command()
+def quickstart(
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(help="Text or JSONL file; unset takes installed Python sources and docs."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder of data, runs, table and picture.")] = Path(
+        "quickstart"
+    ),
+    widths: Annotated[str, typer.Option(help="Hidden sizes, multiples of 16.")] = "32,64,128",
+    log2_lrs: Annotated[
+        str | None, typer.Option(help="Grid of log2 base learning rates, increasing.")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Optimizer steps of each run.")] = 200,
+    workers: Annotated[int, typer.Option(help="Runs at a time, one thread each.")] = 2,
+) -> None:
+    """Train muP and SP at several widths and show where the best learning rate lies."""
+    from megatron_mup.transfer import quickstart as module
+
+    plan = module.QuickstartPlan(
+        out=out,
+        text=tuple(text or ()),
+        widths=tuple(int(width) for width in _numbers("--widths", widths)),
+        log2_lrs=module.LOG2_LRS if log2_lrs is None else _numbers("--log2-lrs", log2_lrs),
+        steps=steps,
+        workers=workers,
+    )
+    records = module.run_quickstart(plan, typer.echo)
+    module.report_quickstart(plan, records, typer.echo)
+
+
+def _numbers(option: str, text: str) -> tuple[float, ...]:
+    """Parse a comma-separated list.
+
+    Raises:
+        ConfigError: something in it is not a number.
+    """
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise ConfigError(f"{option} is '{text}'; give numbers separated by commas") from error
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print version."),
+    ] = False,
+) -> None:
+    """Options before the verb."""
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    try:
+        app()
+    except MupError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)

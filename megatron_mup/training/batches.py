@@ -1,0 +1,72 @@
+"""From samples to microbatches: which samples each step and each rank reads.
+
+Sample numbers are global and consecutive: the step that starts after n consumed samples reads
+n ... n + batch - 1 whatever the layout, which makes resuming exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from megatron_mup import platform
+from megatron_mup.config import TrainingConfig
+from megatron_mup.data.datasets import Samples
+
+Batch = dict[str, Tensor]
+_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
+
+
+def global_batch_size(training: TrainingConfig, consumed_samples: int) -> int:
+    """Sequences of the step that follows ``consumed_samples``, ramp-up included.
+
+    Megatron's ``[start, increment, samples]``: the batch grows by ``increment`` after equal shares
+    of ``samples``.
+    """
+    if training.rampup_batch_size is None:
+        return training.global_batch_size
+    start, increment, samples = training.rampup_batch_size
+    increments = (training.global_batch_size - start) // increment
+    done = consumed_samples * increments // samples
+    return start + increment * min(done, increments)
+
+
+def samples_after(training: TrainingConfig, steps: int) -> int:
+    """Samples that ``steps`` optimizer steps consume from the start."""
+    if training.rampup_batch_size is None:
+        return steps * training.global_batch_size
+    consumed = 0
+    for _ in range(steps):
+        consumed += global_batch_size(training, consumed)
+    return consumed
+
+
+def micro_batches(
+    samples: Samples,
+    *,
+    first: int,
+    batch_size: int,
+    micro_batch_size: int,
+    data_rank: int = 0,
+    data_size: int = 1,
+) -> Iterator[Batch]:
+    """Microbatches of one step for one data-parallel rank.
+
+    Args:
+        samples: dataset; sample numbers beyond its length wrap around.
+        first: number of the step's first sample.
+        batch_size: sequences of the step over all ranks.
+        micro_batch_size: sequences of one microbatch.
+        data_rank: data-parallel rank of this process.
+        data_size: number of data-parallel ranks.
+
+    Yields:
+        Tensors [B, S] on this process's device.
+    """
+    device = platform.device()
+    for micro in range(batch_size // (micro_batch_size * data_size)):
+        start = first + (micro * data_size + data_rank) * micro_batch_size
+        rows = [samples[(start + row) % len(samples)] for row in range(micro_batch_size)]
+        yield {key: torch.stack([row[key] for row in rows]).to(device) for key in _KEYS}

@@ -1,0 +1,130 @@
+"""Resuming is bit-exact, and refused under another parameterization or base shape."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_mup.checkpoint.save_load import TRACKER, latest_iteration
+from megatron_mup.config import RunConfig
+from megatron_mup.errors import CheckpointError
+from megatron_mup.training.loop import TrainData, TrainResult, train
+from tests.configurations import tiny
+from tests.random_samples import RandomSamples
+
+SCHEDULE = ["lr_decay_iters=60", "lr_warmup_iters=5", "weight_decay=0.01", "clip_grad=0.5"]
+VARIANTS = {
+    "adam": [],
+    "lion": ["optimizer.optimizer=lion"],
+    "groups that differ only in eps": ["output_form=multiplier", "adam_eps=1e-3"],
+    "tied, batch ramp-up": [
+        "untie_embeddings_and_output_weights=false",
+        "output_form=multiplier",
+        "rampup_batch_size=[2,2,40]",
+    ],
+    "bf16": ["bf16=true"],
+}
+
+
+def run_training(run: RunConfig) -> TrainResult:
+    """Train on random tokens without printing."""
+    samples = RandomSamples(run.model.vocab_size, run.model.seq_length)
+    return train(run, data=TrainData(samples, samples), echo=lambda _line: None)
+
+
+def losses(result: TrainResult) -> list[float]:
+    """Training losses by iteration."""
+    return [row["lm loss"] for row in result.history if "lm loss" in row]
+
+
+def folders(path: Path, *, load: bool = False) -> list[str]:
+    """Overrides that save to a folder and, if asked, resume from it."""
+    return [f"save={path}", *([f"load={path}"] if load else [])]
+
+
+@pytest.mark.parametrize("variant", list(VARIANTS))
+def test_thirty_steps_and_a_resume_equal_sixty_steps_to_the_last_bit(
+    variant: str, tmp_path: Path
+) -> None:
+    options = [*SCHEDULE, *VARIANTS[variant]]
+    whole = run_training(tiny(*options, "train_iters=60"))
+    first = run_training(tiny(*options, "train_iters=30", *folders(tmp_path)))
+    second = run_training(tiny(*options, "train_iters=60", *folders(tmp_path, load=True)))
+    assert losses(first) + losses(second) == losses(whole)
+    assert [row["grad-norm"] for row in second.history if "grad-norm" in row] == [
+        row["grad-norm"] for row in whole.history[30:] if "grad-norm" in row
+    ]
+    assert len(losses(second)) == 30
+
+
+def test_checkpoints_have_megatrons_layout(tmp_path: Path) -> None:
+    run_training(tiny("train_iters=4", "save_interval=2", *folders(tmp_path)))
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"iter_0000002", "iter_0000004", "latest_checkpointed_iteration.txt"}
+    assert (tmp_path / TRACKER).read_text() == "4"
+    metadata = json.loads((tmp_path / "iter_0000004" / "metadata.json").read_text())
+    assert metadata["sharded_backend"] == "torch_dist"
+    record = json.loads((tmp_path / "iter_0000004" / "parameterization.json").read_text())
+    assert record["table"][0]["name"] == "embedding.word_embeddings.weight"
+    assert record["config"]["parameterization"]["base_hidden_size"] == 32
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("base_hidden_size=16", ["base_hidden_size was 32, now 16", "lr was", "finetune"]),
+        ("parameterization.name=sp", ["parameterization.name was mup, now sp"]),
+        ("lr=0.5", ["lr was 0.015625, now 0.5"]),
+        ("num_layers=4", ["num_layers was 2, now 4", "decoder.layers.2"]),
+        ("optimizer.optimizer=lion", ["optimizer was adam, now lion"]),
+        ("adam_eps=1e-6", ["eps was 1e-08, now 1e-06"]),
+    ],
+)
+def test_resuming_under_other_rules_prints_the_difference(
+    change: str, words: list[str], tmp_path: Path
+) -> None:
+    run_training(tiny("train_iters=1", *folders(tmp_path)))
+    with pytest.raises(CheckpointError) as error:
+        run_training(tiny("train_iters=2", change, *folders(tmp_path, load=True)))
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_finetuning_takes_the_weights_and_starts_everything_else_anew(tmp_path: Path) -> None:
+    first = run_training(tiny("train_iters=20", *folders(tmp_path)))
+    tuned = run_training(tiny("train_iters=1", "lr=0.001", f"load={tmp_path}", "finetune=true"))
+    assert tuned.history[0]["iteration"] == 1
+    assert tuned.history[0]["learning-rate"] == 0.001
+    # The first step of the new run sees the trained weights: far below the fresh loss.
+    assert losses(tuned)[0] < losses(first)[0] - 0.1
+
+
+def test_finetuning_under_another_logit_multiplier_is_refused(tmp_path: Path) -> None:
+    run_training(tiny("train_iters=1", *folders(tmp_path)))
+    with pytest.raises(CheckpointError, match=r"forward_mult was 1\.0, now 0\.5"):
+        run_training(
+            tiny("train_iters=1", "output_form=multiplier", f"load={tmp_path}", "finetune=true")
+        )
+
+
+def test_an_empty_folder_starts_from_scratch_as_in_megatron(tmp_path: Path) -> None:
+    result = run_training(tiny("train_iters=1", f"load={tmp_path}"))
+    assert result.iteration == 1
+
+
+def test_a_tracker_that_names_a_missing_folder_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / TRACKER).write_text("7")
+    with pytest.raises(CheckpointError, match=r"iter_0000007 is missing or incomplete"):
+        latest_iteration(tmp_path)
+    (tmp_path / TRACKER).write_text("seven")
+    with pytest.raises(CheckpointError, match="holds 'seven' instead of an iteration number"):
+        latest_iteration(tmp_path)
+
+
+def test_a_diverged_run_stops_and_does_not_overwrite_the_checkpoint(tmp_path: Path) -> None:
+    result = run_training(tiny("train_iters=50", "lr=1e30", "clip_grad=0", *folders(tmp_path)))
+    assert result.diverged
+    assert result.iteration < 50
+    assert not (tmp_path / TRACKER).exists()
