@@ -1,0 +1,1 @@
+"""How well hyperparameters transfer across width: runs, optima, pictures."""

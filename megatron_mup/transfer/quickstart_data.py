@@ -1,0 +1,113 @@
+"""The quickstart's text: corpus, tokenizer and token shards, each made once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from megatron_mup.data.corpus import write_corpus
+from megatron_mup.data.documents import check_inputs, read_documents
+from megatron_mup.data.preprocess import PreprocessOptions, preprocess
+from megatron_mup.data.publication import published
+from megatron_mup.data.shards import open_shard
+from megatron_mup.data.tokenizer import load_tokenizer
+from megatron_mup.data.tokenizer_training import TokenizerOptions, train_tokenizer
+from megatron_mup.errors import DataError
+
+PIECE_CHARACTERS = 4096
+"""A user's text is cut into documents of about this size, so that some can be held out."""
+
+MIN_VALID_TOKENS = 2_000
+
+
+def make_shards(
+    folder: Path,
+    *,
+    text: Sequence[Path],
+    corpus_bytes: int,
+    vocab_size: int,
+    echo: Callable[[str], None],
+) -> Path:
+    """Make ``text_train`` and ``text_valid`` shards unless they are there.
+
+    Args:
+        folder: receives corpus, tokenizer and shards.
+        text: the user's text or JSONL files; empty means installed Python text.
+        corpus_bytes: how much installed text to take.
+        vocab_size: ids of the tokenizer.
+        echo: receives progress lines.
+
+    Returns:
+        ``folder``.
+
+    Raises:
+        DataError: the text is missing, empty or too short, or another text was used before.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    _check_source(folder, text)
+    corpus, model = folder / "corpus.jsonl", folder / "tokenizer.model"
+    if not corpus.exists():
+        documents = _write_text(corpus, text, corpus_bytes)
+        echo(f"text: {corpus.stat().st_size / 1e6:.1f} MB, {documents} documents in {corpus}")
+    if not model.exists():
+        options = TokenizerOptions(vocab_size=vocab_size)
+        report = train_tokenizer([corpus], model.with_suffix(""), options=options)
+        if report.held_out_bytes_per_token is not None:
+            echo(f"tokenizer: {report.held_out_bytes_per_token:.2f} bytes per token in {model}")
+    if not (folder / "text_valid.idx").exists():
+        tokenizer = load_tokenizer(model)
+        options_shards = PreprocessOptions(valid_fraction=0.05, overwrite=True)
+        preprocess([corpus], folder / "text", tokenizer=tokenizer, options=options_shards)
+    train, valid = (open_shard(folder / f"text_{part}") for part in ("train", "valid"))
+    if valid.tokens < MIN_VALID_TOKENS:
+        raise DataError(
+            f"the held-out part of the text has {valid.tokens} tokens, fewer than "
+            f"{MIN_VALID_TOKENS}; use a longer text"
+        )
+    echo(f"shards: {train.tokens:,} training and {valid.tokens:,} held-out tokens in {folder}")
+    return folder
+
+
+def _check_source(folder: Path, text: Sequence[Path]) -> None:
+    """One folder belongs to one text: records of different texts cannot be compared."""
+    if text:
+        check_inputs(text)
+    source = json.dumps([str(path.resolve()) for path in text])
+    note = folder / "source.json"
+    if note.exists() and note.read_text(encoding="utf-8") != source:
+        raise DataError(
+            f"{folder} was made from another text ({note.read_text(encoding='utf-8')}); choose "
+            "another --out folder or delete this one"
+        )
+    note.write_text(source, encoding="utf-8")
+
+
+def _write_text(corpus: Path, text: Sequence[Path], corpus_bytes: int) -> int:
+    """Write the corpus; returns the number of documents."""
+    if not text:
+        return write_corpus(corpus, max_bytes=corpus_bytes)
+    count = 0
+    with published(corpus) as stream:
+        for document in read_documents(text):
+            for piece in cut_text(document.text):
+                record = json.dumps({"text": piece}, ensure_ascii=False)
+                stream.write(record.encode("utf-8") + b"\n")
+                count += 1
+        if count == 0:
+            raise DataError(f"no text in {', '.join(map(str, text))}; give a file with text")
+    return count
+
+
+def cut_text(text: str) -> Iterator[str]:
+    """Cut a text at line ends into pieces of about ``PIECE_CHARACTERS``; empty ones are dropped."""
+    piece: list[str] = []
+    size = 0
+    for line in text.splitlines(keepends=True):
+        piece.append(line)
+        size += len(line)
+        if size >= PIECE_CHARACTERS:
+            yield "".join(piece)
+            piece, size = [], 0
+    if "".join(piece).strip():
+        yield "".join(piece)

@@ -1,0 +1,147 @@
+"""The quickstart: its plan, its text, its table and picture, and continuing after a stop.
+
+The run itself, on real text, is in tests/test_readme.py.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from megatron_mup.errors import ConfigError, DataError
+from megatron_mup.transfer import quickstart as module
+from megatron_mup.transfer.picture import curves_of, draw, table_lines
+from megatron_mup.transfer.quickstart import QuickstartPlan, cell_config, run_quickstart
+from megatron_mup.transfer.quickstart_data import cut_text, make_shards
+from megatron_mup.transfer.records import Cell, Record
+
+
+def fake_record(cell: Cell) -> Record:
+    """A run whose optimum is -5 for muP and moves by one octave per doubling for SP."""
+    shift = 0.0 if cell.parameterization == "mup" else math.log2(cell.width / 32)
+    diverged = cell.log2_lr > -3.5 and cell.width == 128
+    loss = 3.0 + 0.1 * (cell.log2_lr + 5.0 + shift) ** 2
+    return Record(
+        cell=cell,
+        validation_loss=math.nan if diverged else loss,
+        train_loss=loss,
+        diverged=diverged,
+        parameters=cell.width**2,
+        tokens=1000,
+        seconds=1.0,
+        commit="test",
+    )
+
+
+def test_default_plan_meets_its_promises() -> None:
+    plan = QuickstartPlan(out=Path("x"))
+    assert max(plan.widths) >= 4 * min(plan.widths)
+    assert len(plan.widths) == 3
+    assert len(plan.log2_lrs) >= 5
+    assert plan.steps >= 150
+    assert len(plan.cells) == len(set(plan.cells)) == 3 * len(plan.log2_lrs) * 2
+
+
+def test_cells_of_mup_differ_from_sp_in_rules_and_not_in_architecture() -> None:
+    mup = cell_config(Cell("mup", 128, -5.0, 1, 200), Path("d"))
+    sp = cell_config(Cell("sp", 128, -5.0, 1, 200), Path("d"))
+    assert mup.model == sp.model
+    assert mup.training == sp.training
+    rates = {row.tensor.role: row.lr for row in mup.table.rows}
+    # Width 128 over base 32: hidden and readout learn at a quarter of 2^-5.
+    assert rates["query"] == rates["unembedding"] == 2.0**-7
+    assert rates["embedding"] == 2.0**-5
+    assert {row.lr for row in sp.table.rows} == {2.0**-5}
+    assert mup.table.multipliers.attention == 1 / 16
+    assert sp.table.multipliers.attention == 1 / 4
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"widths": (40,)}, "width 40 is not a multiple of the head dim 16"),
+        ({"log2_lrs": (-5.0, -6.0, -7.0)}, "at least three, increasing"),
+        ({"steps": 0}, "at least one step"),
+    ],
+)
+def test_plans_that_show_nothing_are_refused(change: dict[str, object], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        QuickstartPlan(out=Path("x"), **change)  # type: ignore[arg-type]
+
+
+def test_only_missing_runs_are_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[Cell] = []
+
+    def fake_runs(cells: list[Cell], *_rest: object) -> list[Record]:
+        ran.extend(cells)
+        return [fake_record(cell) for cell in cells]
+
+    monkeypatch.setattr(module, "_run_all", fake_runs)
+    monkeypatch.setattr(module, "prepare_data", lambda *_: tmp_path)
+    small = QuickstartPlan(out=tmp_path, widths=(32, 64), log2_lrs=(-6.0, -5.0, -4.0))
+    large = QuickstartPlan(out=tmp_path, widths=(32, 64, 128), log2_lrs=(-6.0, -5.0, -4.0))
+    run_quickstart(small, echo=lambda _line: None)
+    assert len(ran) == 12
+    records = run_quickstart(large, echo=lambda _line: None)
+    assert len(ran) == 18
+    assert [record.cell for record in records] == large.cells
+    assert len((tmp_path / "runs.csv").read_text().splitlines()) == 19
+
+
+def test_table_says_where_optima_lie_and_how_far_they_moved() -> None:
+    plan = QuickstartPlan(out=Path("x"), log2_lrs=(-9.0, -8.0, -7.0, -6.0, -5.0, -4.0, -3.0))
+    text = "\n".join(table_lines(curves_of([fake_record(cell) for cell in plan.cells]), 5.0))
+    assert "mup: the optimum moved +0.00 octaves from width 32 to 128." in text
+    assert "sp: the optimum moved -2.00 octaves from width 32 to 128." in text
+    assert "| mup | 128 | 16,384 | -5.00 | 3.0000 | 1 run(s) diverged |" in text
+
+
+def test_table_reports_edges_and_losses_above_the_unigram_entropy() -> None:
+    plan = QuickstartPlan(out=Path("x"), log2_lrs=(-9.0, -8.0, -7.0))
+    text = "\n".join(table_lines(curves_of([fake_record(cell) for cell in plan.cells]), 3.05))
+    assert "minimum at the edge" in text
+    assert "not below the unigram entropy 3.050" in text
+    assert "the shift from width 32 to 128 cannot be told" in text
+
+
+def test_picture_is_drawn_with_diverged_runs(tmp_path: Path) -> None:
+    plan = QuickstartPlan(out=tmp_path)
+    curves = curves_of([fake_record(cell) for cell in plan.cells])
+    draw(curves, 5.0, tmp_path / "picture.png", caption="fake")
+    assert (tmp_path / "picture.png").read_bytes()[:4] == b"\x89PNG"
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_users_text_becomes_shards_once_and_another_text_is_refused(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(f"line {n} of a text, {n * n} squared." for n in range(8000)))
+    lines: list[str] = []
+
+    def make(*sources: Path) -> Path:
+        return make_shards(
+            tmp_path / "data",
+            text=sources,
+            corpus_bytes=1000,
+            vocab_size=400,
+            echo=lines.append,
+        )
+
+    folder = make(text)
+    assert (folder / "text_train.idx").exists()
+    made = (folder / "text_train.bin").stat().st_mtime_ns
+    make(text)
+    assert (folder / "text_train.bin").stat().st_mtime_ns == made
+    other = tmp_path / "other.txt"
+    other.write_text("other")
+    with pytest.raises(DataError, match="was made from another text"):
+        make(other)
+
+
+def test_cutting_keeps_every_character_and_drops_only_blank_ends() -> None:
+    text = "".join(f"line {n}\n" for n in range(2000))
+    pieces = list(cut_text(text))
+    assert "".join(pieces) == text
+    assert max(map(len, pieces)) < 4200
+    assert list(cut_text(" \n \n")) == []
