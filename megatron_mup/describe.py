@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Sequence
 
@@ -42,6 +43,8 @@ def describe_text(table: ParameterTable, *, width: int | None = None) -> str:
             f"logits {multipliers.logit:g}"
         )
         console.print("lr and decay_per_step are those at peak; the LR multiplies weight_decay")
+        total = sum(math.prod(row.tensor.shape) for row in table.rows)
+        console.print(f"{total:,} parameters in {len(table.rows)} logical tensors")
     return capture.get()
 
 

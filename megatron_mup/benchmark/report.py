@@ -1,0 +1,178 @@
+"""The demands on speed, and the table that says whether this machine met them."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform as python_platform
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from megatron_mup import __version__
+from megatron_mup.benchmark.measure import Ratio
+from megatron_mup.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """One row of the table.
+
+    Attributes:
+        first: name of the contestant that is judged.
+        second: name of the yardstick.
+        model: its size in words.
+        limit: largest upper end of the interval that meets the demand.
+        ratio: the measurement.
+    """
+
+    first: str
+    second: str
+    model: str
+    limit: float
+    ratio: Ratio
+
+    @property
+    def met(self) -> bool:
+        """Whether the whole interval lies within the limit."""
+        return self.ratio.high <= self.limit
+
+
+@dataclass(frozen=True, kw_only=True)
+class Circumstances:
+    """What a measurement depends on besides the code."""
+
+    machine: str
+    software: str
+    commit: str
+    date: str
+    command: str
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return python_platform.processor() or python_platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else python_platform.machine()
+
+
+def _commit() -> str:
+    """Commit of the source tree, marked when files differ from it."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    folder = Path(__file__).parent
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "not in a git repository, or none made yet"
+    return done.stdout.strip()
+
+
+def circumstances(command: str) -> Circumstances:
+    """Describe this machine, the installed versions, the commit and the time.
+
+    Args:
+        command: the command line that measures, for the reader to repeat.
+    """
+    packages = ", ".join(f"{name} {version(name)}" for name in ("megatron-core", "torch"))
+    python = python_platform.python_version()
+    now = datetime.datetime.now(datetime.UTC)
+    return Circumstances(
+        machine=f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s) used",
+        software=f"megatron_mup {__version__}, {packages}, Python {python}",
+        commit=_commit(),
+        date=now.strftime("%Y-%m-%d %H:%M UTC"),
+        command=command,
+    )
+
+
+_HEADER = (
+    "| step of | against | model | pairs | CPU-seconds | ratio | 95% interval | at most | met |\n"
+    "|---|---|---|---|---|---|---|---|---|"
+)
+
+
+def table(comparisons: Sequence[Comparison]) -> str:
+    """Markdown table with one row per comparison."""
+    rows = [
+        f"| {row.first} | {row.second} | {row.model} | {row.ratio.pairs} "
+        f"| {row.ratio.first_seconds:.3f} / {row.ratio.second_seconds:.3f} "
+        f"| {row.ratio.value:.3f} | {row.ratio.low:.3f} to {row.ratio.high:.3f} "
+        f"| {row.limit:.2f} | {'yes' if row.met else 'NO'} |"
+        for row in comparisons
+    ]
+    return "\n".join([_HEADER, *rows])
+
+
+def document(comparisons: Sequence[Comparison], where: Circumstances) -> str:
+    """The whole page of a measurement, Markdown."""
+    return f"""# Speed of a training step
+
+Written by `make bench`, which overwrites this page. CPU-seconds are medians per step, first /
+second; a ratio above 1 means that the step in the first column needs more than the one in the
+second.
+
+{table(comparisons)}
+
+| | |
+|---|---|
+| machine | {where.machine} |
+| versions | {where.software} |
+| commit | {where.commit} |
+| date | {where.date} |
+| command | `{where.command}` |
+
+## What is measured
+
+One whole optimizer step (zeroing, forward, backward, clipping, AdamW) in fp32 on sequences of 256
+random tokens, eight per step. Both steps of a pair run in one process, one after the other on the
+same batch, and the order turns round from pair to pair. The clock counts the CPU time of all
+threads of the process, so other processes do not enter directly. The ratio is the geometric mean
+over pairs without the outer tenths; the interval is its 95% percentile bootstrap over pairs. A
+demand is met when the upper end of the interval is within it.
+
+- **muP**: this package with width multiplier 4 and every multiplier different from 1 (embedding 2,
+  residual branches 0.5, logits 1/4, attention 1/D) and one optimizer group per learning rate.
+- **stock Megatron-Core**: GPTModel, DDP, schedule and optimizer from upstream's parts, with the
+  same layer spec, multipliers of 1, no hooks and the standard optimizer groups.
+- **plain PyTorch**: `megatron_mup/benchmark/plain_gpt.py`: `nn.Linear`, fused attention, rotary
+  angles computed once, `torch.optim.AdamW`. It computes the same loss from the same weights
+  (tested).
+
+3M is hidden size 256 with 4 layers, 11M is hidden size 384 with 6 layers; the vocabulary has 512
+entries and is untied.
+
+## What makes it fast on a CPU
+
+- Fused attention (`SdpaCoreAttention`) instead of Megatron's unfused one.
+- Rotary cosines and sines are computed once instead of twice per layer and step
+  (`model/rotary.py`); results are those of upstream bit for bit.
+- The residual multiplier is part of the addition to the residual stream.
+- glibc keeps freed activations instead of returning them to the kernel (`platform.py`).
+"""
+
+
+def write(path: Path, text: str) -> None:
+    """Write a page so that no reader ever sees half of it.
+
+    Raises:
+        ConfigError: the folder does not exist or cannot be written to.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise ConfigError(
+            f"--output {path} cannot be written ({error.strerror}); give a file in a folder that "
+            "exists and that you may write to"
+        ) from error
