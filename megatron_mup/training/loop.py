@@ -111,8 +111,13 @@ def _silent(_line: str) -> None:
 
 
 def _configured_data(run: RunConfig) -> TrainData:
-    """Datasets of the configured shards, sized for the whole run."""
-    train_samples = samples_after(run.training, run.training.train_iters)
+    """Datasets of the configured shards, sized for the whole run.
+
+    Megatron's shuffle depends on the number of epochs that are asked for. The schedule's length
+    fixes it, so a run that stops early and is resumed reads what the uninterrupted one reads.
+    """
+    length = max(run.training.train_iters, run.decay_iters)
+    train_samples = samples_after(run.training, length)
     valid_samples = run.training.eval_iters * run.training.global_batch_size
     train_set, valid_set = build_datasets(
         run, train_samples=train_samples, valid_samples=valid_samples

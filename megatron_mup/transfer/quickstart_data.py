@@ -18,6 +18,7 @@ from megatron_mup.errors import DataError
 PIECE_CHARACTERS = 4096
 """A user's text is cut into documents of about this size, so that some can be held out."""
 
+VALID_FRACTION = 0.05
 MIN_VALID_TOKENS = 2_000
 
 
@@ -53,12 +54,18 @@ def make_shards(
     if not model.exists():
         options = TokenizerOptions(vocab_size=vocab_size)
         report = train_tokenizer([corpus], model.with_suffix(""), options=options)
-        if report.held_out_bytes_per_token is not None:
-            echo(f"tokenizer: {report.held_out_bytes_per_token:.2f} bytes per token in {model}")
+        echo(f"tokenizer: {report.vocab_size} ids in {model}")
+    # The index of the held-out shard is published last.
     if not (folder / "text_valid.idx").exists():
+        shard_options = PreprocessOptions(valid_fraction=VALID_FRACTION, overwrite=True)
         tokenizer = load_tokenizer(model)
-        options_shards = PreprocessOptions(valid_fraction=0.05, overwrite=True)
-        preprocess([corpus], folder / "text", tokenizer=tokenizer, options=options_shards)
+        preprocess([corpus], folder / "text", tokenizer=tokenizer, options=shard_options)
+    _check_size(folder, echo)
+    return folder
+
+
+def _check_size(folder: Path, echo: Callable[[str], None]) -> None:
+    """Say how many tokens there are; too few held-out ones make the losses noise."""
     train, valid = (open_shard(folder / f"text_{part}") for part in ("train", "valid"))
     if valid.tokens < MIN_VALID_TOKENS:
         raise DataError(
@@ -66,7 +73,6 @@ def make_shards(
             f"{MIN_VALID_TOKENS}; use a longer text"
         )
     echo(f"shards: {train.tokens:,} training and {valid.tokens:,} held-out tokens in {folder}")
-    return folder
 
 
 def _check_source(folder: Path, text: Sequence[Path]) -> None:

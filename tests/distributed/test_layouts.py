@@ -14,7 +14,7 @@ from tests.configurations import tiny
 from tests.distributed.spawn import run_ranks
 from tests.distributed.worker import run_cell
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.xdist_group("layouts")]
 
 COMMON = [
     "num_layers=4",
