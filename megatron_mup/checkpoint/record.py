@@ -8,6 +8,7 @@ import torch or megatron.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from megatron_mup import __version__
@@ -21,19 +22,42 @@ FORMAT = 1
 FUNCTION_KEYS = ("role", "shape", "forward_mult")
 """Columns that decide what function the weights are: compared even when only weights are loaded."""
 
-_FUNCTION_SECTIONS = ("model",)
-_RESUME_SECTIONS = ("model", "parameterization")
-_FREE_OPTIONS = frozenset({"transformer_impl", "attention_backend", "seq_length"})
-"""Model options that change speed or length, not the weights."""
+_EVERYTHING = frozenset({"*"})
+_SPEED_ONLY = frozenset({"transformer_impl", "attention_backend"})
+
+_RESUMED: dict[str, frozenset[str]] = {
+    "model": _EVERYTHING,
+    "parameterization": _EVERYTHING,
+    "optimizer": _EVERYTHING,
+    "schedule": _EVERYTHING,
+    "training": frozenset(
+        {"global_batch_size", "rampup_batch_size", "loss_denominator", "seed", "bf16"}
+    ),
+    "data": frozenset({"eod_mask_loss", "eod_token"}),
+}
+"""Options that must stay for a resumed run to equal the uninterrupted one. Layout, logging,
+evaluation and the microbatch may change; shards may have moved to another folder."""
+
+_FINETUNED: dict[str, frozenset[str]] = {"model": _EVERYTHING}
+
+# Whether lr_decay_iters is written out or follows train_iters does not matter; its value does, and
+# is compared as ``decay_iters``. The sequence length is free when only weights are loaded.
+_RESUME_FREE = _SPEED_ONLY | {"lr_decay_iters"}
+_FINETUNE_FREE = _SPEED_ONLY | {"seq_length"}
 
 
 def make_record(run: RunConfig) -> dict[str, Any]:
     """Plain data to save with a checkpoint."""
+    table = run.table
     return {
         "format": FORMAT,
         "version": __version__,
         "config": config_to_dict(run),
-        "table": run.table.to_json(),
+        "table": table.to_json(),
+        # A tied model has no row for its readout, so the multipliers stand here as well.
+        "multipliers": asdict(table.multipliers),
+        "decay_iters": run.decay_iters,
+        "planned_iters": run.planned_iters,
     }
 
 
@@ -43,46 +67,70 @@ def check_record(saved: Mapping[str, Any], run: RunConfig, *, weights_only: bool
     Args:
         saved: record from the checkpoint.
         run: the configuration that wants to continue it.
-        weights_only: finetuning; LR, decay, eps and init may differ then.
+        weights_only: finetuning; everything but the function may differ then.
 
     Raises:
         CheckpointError: with every number that differs.
     """
-    current = make_record(run)
     if saved.get("format") != FORMAT:
         raise CheckpointError(
             f"checkpoint record has format {saved.get('format')}, this version reads {FORMAT}; "
             f"it was written by megatron_mup {saved.get('version')}"
         )
-    sections = _FUNCTION_SECTIONS if weights_only else _RESUME_SECTIONS
-    lines = _option_differences(saved["config"], current["config"], sections)
-    saved_optimizer = saved["config"]["optimizer"]["optimizer"]
-    if not weights_only and saved_optimizer != run.optimizer.optimizer.value:
-        lines.append(f"optimizer.optimizer was {saved_optimizer}, now {run.optimizer.optimizer}")
+    current = make_record(run)
+    lines = _multiplier_differences(saved, current)
     if weights_only:
+        lines += _option_differences(saved, current, _FINETUNED, free=_FINETUNE_FREE)
         lines += difference(saved["table"], current["table"], keys=FUNCTION_KEYS)
+        cure = "use the checkpoint's model and multipliers"
     else:
+        lines += _option_differences(saved, current, _RESUMED, free=_RESUME_FREE)
+        lines += _length_differences(saved, current)
         lines += difference(saved["table"], current["table"])
-    if lines:
         cure = (
-            "use the checkpoint's model and multipliers"
-            if weights_only
-            else "use the checkpoint's options, or load only the weights with "
-            "checkpoint.finetune=true"
+            "use the checkpoint's options, or load only the weights with checkpoint.finetune=true"
         )
-        raise CheckpointError(
-            "the checkpoint belongs to another parameterization:\n  "
-            + "\n  ".join(lines)
-            + f"\n{cure}"
+    if lines:
+        listed = "\n  ".join(lines)
+        raise CheckpointError(f"the checkpoint belongs to another run:\n  {listed}\n{cure}")
+
+
+def _multiplier_differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{name} multiplier was {saved['multipliers'].get(name)}, now {value}"
+        for name, value in current["multipliers"].items()
+        if saved["multipliers"].get(name) != value
+    ]
+
+
+def _length_differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """The planned length decides the learning rates and, over epochs, the order of the data."""
+    lines = []
+    if saved["decay_iters"] != current["decay_iters"]:
+        lines.append(
+            f"the schedule ended at iteration {saved['decay_iters']}, now at "
+            f"{current['decay_iters']}; schedule.lr_decay_iters={saved['decay_iters']} keeps it"
         )
+    if saved["planned_iters"] != current["planned_iters"]:
+        lines.append(
+            f"data was shuffled for {saved['planned_iters']} iterations, now for "
+            f"{current['planned_iters']} (the larger of train_iters and lr_decay_iters)"
+        )
+    return lines
 
 
 def _option_differences(
-    saved: Mapping[str, Any], current: Mapping[str, Any], sections: tuple[str, ...]
+    saved: Mapping[str, Any],
+    current: Mapping[str, Any],
+    sections: Mapping[str, frozenset[str]],
+    *,
+    free: frozenset[str],
 ) -> list[str]:
     lines = []
-    for section in sections:
-        for key, value in current[section].items():
-            if key not in _FREE_OPTIONS and saved[section].get(key) != value:
-                lines.append(f"{section}.{key} was {saved[section].get(key)}, now {value}")
+    for section, compared in sections.items():
+        before, now = saved["config"][section], current["config"][section]
+        for key, value in now.items():
+            counts = key not in free and (compared is _EVERYTHING or key in compared)
+            if counts and before.get(key) != value:
+                lines.append(f"{section}.{key} was {before.get(key)}, now {value}")
     return lines

@@ -16,9 +16,11 @@ from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_mup.checkpoint.record import check_record, make_record
 from megatron_mup.config import RunConfig
+from megatron_mup.data.publication import published, sync_folder
 from megatron_mup.errors import CheckpointError
 from megatron_mup.training.step import TrainState
 
@@ -94,20 +96,30 @@ def save_checkpoint(state: TrainState, root: Path) -> Path:
     dist.barrier()
     if first:
         (temporary / RECORD).write_text(json.dumps(make_record(state.run), indent=1))
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.rename(final)
-        _write_tracker(root, state.iteration)
+        _publish(temporary, final)
+        with published(root / TRACKER) as stream:
+            stream.write(str(state.iteration).encode())
     dist.barrier()
     return final
 
 
-def _write_tracker(root: Path, iteration: int) -> None:
-    temporary = root / (TRACKER + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(str(iteration))
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(root / TRACKER)
+def _publish(temporary: Path, final: Path) -> None:
+    """Give a complete checkpoint its name, once the disk holds all of it.
+
+    A folder of that name (the same iteration, saved before) is moved aside first and deleted last,
+    so at no moment is its content gone before the new one is whole.
+    """
+    for path in temporary.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    sync_folder(temporary)
+    aside = final.with_name(final.name + ".old.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    if final.exists():
+        final.rename(aside)
+    temporary.rename(final)
+    sync_folder(final.parent)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def check_resumable(run: RunConfig) -> int | None:
@@ -168,7 +180,8 @@ def load_checkpoint(state: TrainState, folder: Path, *, weights_only: bool) -> N
     tree = _sharded_state(state, loading=True, with_optimizer=not weights_only)
     try:
         loaded = dist_checkpointing.load(tree, str(folder))
-    except Exception as error:
+    except (Exception, CheckpointException) as error:
+        # torch's CheckpointException derives from BaseException.
         raise CheckpointError(f"cannot load checkpoint {folder}: {error}") from error
     state.bare_model.load_state_dict(loaded["model"])
     if weights_only:

@@ -85,6 +85,11 @@ class RunConfig:
         return self.schedule.lr_decay_iters or self.training.train_iters
 
     @property
+    def planned_iters(self) -> int:
+        """Iterations that data is shuffled for: the run's, or the schedule's if that is longer."""
+        return max(self.training.train_iters, self.decay_iters)
+
+    @property
     def table(self) -> ParameterTable:
         """The resolved parameter table of this run."""
         return resolve(self.model.shape, self.parameterization, self.optimizer.numbers)

@@ -25,9 +25,11 @@ from megatron_mup.checkpoint.save_load import (
 from megatron_mup.config import RunConfig
 from megatron_mup.data.checks import check_training_data
 from megatron_mup.data.datasets import Samples, build_datasets
+from megatron_mup.describe import describe_text
 from megatron_mup.model.layer_specs import check_implementation
 from megatron_mup.training.batches import Batch, global_batch_size, micro_batches, samples_after
 from megatron_mup.training.metrics import Progress, Sink, console_line, open_sinks
+from megatron_mup.training.outputs import check_outputs
 from megatron_mup.training.processes import (
     Launch,
     check_layout,
@@ -91,6 +93,7 @@ def train(
     launch = detect_launch() if launch is None else launch
     check_layout(run, launch.world_size)
     check_implementation(run.model)
+    check_outputs(run)
     resume = check_resumable(run)
     if data is None:
         check_training_data(run)
@@ -101,8 +104,10 @@ def train(
         if resume is not None and run.checkpoint.load is not None:
             folder = checkpoint_folder(Path(run.checkpoint.load), resume)
             load_checkpoint(state, folder, weights_only=run.checkpoint.finetune)
-        sinks = open_sinks(run, stack) if is_log_rank() else []
-        loop = _Loop(state, data, sinks, echo if is_log_rank() else _silent)
+        first = is_log_rank()
+        sinks = open_sinks(run, stack) if first else []
+        loop = _Loop(state, data, sinks, echo if first else _silent)
+        loop.echo(describe_text(run.table))
         return loop.run_to_end(stack)
 
 
@@ -113,11 +118,10 @@ def _silent(_line: str) -> None:
 def _configured_data(run: RunConfig) -> TrainData:
     """Datasets of the configured shards, sized for the whole run.
 
-    Megatron's shuffle depends on the number of epochs that are asked for. The schedule's length
+    Megatron's shuffle depends on the number of epochs that are asked for. The planned length
     fixes it, so a run that stops early and is resumed reads what the uninterrupted one reads.
     """
-    length = max(run.training.train_iters, run.decay_iters)
-    train_samples = samples_after(run.training, length)
+    train_samples = samples_after(run.training, run.planned_iters)
     valid_samples = run.training.eval_iters * run.training.global_batch_size
     train_set, valid_set = build_datasets(
         run, train_samples=train_samples, valid_samples=valid_samples
@@ -141,12 +145,17 @@ class _Loop:
     def _reset_interval(self) -> None:
         # float64 so that the mean over a long interval does not depend on its length.
         self._loss_and_tokens = torch.zeros(2, dtype=torch.float64, device=platform.device())
-        self._steps = self._clipped = 0
+        self._steps = self._clipped = self._samples = 0
 
     def run_to_end(self, stack: ExitStack) -> TrainResult:
         """Step until ``train_iters`` or divergence, then evaluate and save."""
         training, state = self.run.training, self.state
         profiler = step_profiler(training, state.iteration, stack)
+        if state.iteration >= training.train_iters:
+            self.echo(
+                f"the checkpoint is at iteration {state.iteration} and train_iters is "
+                f"{training.train_iters}: nothing left to train"
+            )
         while state.iteration < training.train_iters and not self.result.diverged:
             self._step()
             profiler.step()
@@ -165,13 +174,19 @@ class _Loop:
             batch_size // (run.training.micro_batch_size * _data_size()),
         )
         state.consumed_samples += batch_size
+        self._samples += batch_size
         self._loss_and_tokens += report.loss_sum_and_tokens
         self._steps += 1
         clip = run.optimizer.clip_grad
         self._clipped += int(clip > 0 and report.grad_norm > clip)
         last = state.iteration == run.training.train_iters
-        if state.iteration % run.logging.log_interval == 0 or last:
+        # The norm is the same on every rank, so all of them stop at the step that went wrong and
+        # no checkpoint of it is ever saved, whatever the log interval.
+        failed = not math.isfinite(report.grad_norm)
+        if state.iteration % run.logging.log_interval == 0 or last or failed:
             self._log(report.factor, report.grad_norm, batch_size)
+        if failed and not self.result.diverged:
+            self._stop(f"gradient norm is {report.grad_norm}")
 
     def _batches(self, samples: Samples, first: int, batch_size: int) -> Iterator[Batch]:
         return micro_batches(
@@ -186,7 +201,7 @@ class _Loop:
     def _log(self, factor: float, grad_norm: float, batch_size: int) -> None:
         loss_sum, tokens = sum_over_data_parallel(self._loss_and_tokens).tolist()
         seconds = self.progress.lap()
-        positions = self._steps * batch_size * self.run.model.seq_length
+        positions = self._samples * self.run.model.seq_length
         metrics = {
             "lm loss": loss_sum / tokens if tokens else math.nan,
             "learning-rate": factor * self.run.optimizer.lr,
@@ -199,12 +214,15 @@ class _Loop:
         self._emit(metrics)
         self._reset_interval()
         if not math.isfinite(metrics["lm loss"]):
-            self.result.diverged = True
-            self.echo(
-                f"loss is {metrics['lm loss']} at iteration {self.state.iteration}: the run "
-                "diverged and stops without saving; lower optimizer.lr or lengthen "
-                "schedule.lr_warmup_iters"
-            )
+            self._stop(f"loss is {metrics['lm loss']}")
+
+    def _stop(self, what: str) -> None:
+        """End a run that diverged; nothing is saved any more."""
+        self.result.diverged = True
+        self.echo(
+            f"{what} at iteration {self.state.iteration}: the run diverged and stops without "
+            "saving; lower optimizer.lr or lengthen schedule.lr_warmup_iters"
+        )
 
     def _emit(self, metrics: dict[str, float]) -> None:
         iteration = self.state.iteration
@@ -233,6 +251,8 @@ class _Loop:
         if self.run.checkpoint.save is not None:
             folder = save_checkpoint(self.state, Path(self.run.checkpoint.save))
             self.echo(f"saved checkpoint {folder}")
+            # The time of saving belongs to no iteration.
+            self.progress.lap()
 
     def _evaluate(self) -> None:
         training = self.run.training

@@ -16,6 +16,7 @@ from typing import IO, Any, Protocol
 
 from megatron_mup.config import LoggingConfig, RunConfig
 from megatron_mup.config_io import config_to_dict
+from megatron_mup.describe import describe_json
 
 Metrics = Mapping[str, float]
 
@@ -51,12 +52,13 @@ class JsonLines:
 
 
 class TensorBoard:
-    """TensorBoard scalars."""
+    """TensorBoard scalars, and the parameter table as text."""
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, table: str) -> None:
         from torch.utils.tensorboard.writer import SummaryWriter
 
         self._writer: Any = SummaryWriter(log_dir=folder)
+        self._writer.add_text("parameters", f"```json\n{table}\n```")
 
     def write(self, iteration: int, metrics: Metrics) -> None:
         """Add every metric as a scalar."""
@@ -69,7 +71,7 @@ class TensorBoard:
 
 
 class Wandb:
-    """wandb run; offline when the user's WANDB_MODE says so."""
+    """wandb run with configuration and table; offline when the user's WANDB_MODE says so."""
 
     def __init__(self, logging: LoggingConfig, config: dict[str, Any]) -> None:
         import wandb
@@ -97,9 +99,9 @@ def open_sinks(run: RunConfig, stack: ExitStack) -> list[Sink]:
     if logging.metrics_path is not None:
         sinks.append(JsonLines(Path(logging.metrics_path)))
     if logging.tensorboard_dir is not None:
-        sinks.append(TensorBoard(logging.tensorboard_dir))
+        sinks.append(TensorBoard(logging.tensorboard_dir, describe_json(run.table)))
     if logging.wandb_project is not None:
-        sinks.append(Wandb(logging, config_to_dict(run)))
+        sinks.append(Wandb(logging, {**config_to_dict(run), "parameters": run.table.to_json()}))
     for sink in sinks:
         stack.callback(sink.close)
     return sinks

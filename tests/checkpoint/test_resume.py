@@ -80,16 +80,43 @@ def test_checkpoints_have_megatrons_layout(tmp_path: Path) -> None:
         ("num_layers=4", ["num_layers was 2, now 4", "decoder.layers.2"]),
         ("optimizer.optimizer=lion", ["optimizer was adam, now lion"]),
         ("adam_eps=1e-6", ["eps was 1e-08, now 1e-06"]),
+        ("adam_beta2=0.99", ["adam_beta2 was 0.95, now 0.99"]),
+        ("min_lr_ratio=0.1", ["min_lr_ratio was 0.0, now 0.1"]),
+        ("lr_decay_style=cosine", ["lr_decay_style was linear, now cosine"]),
+        ("lr_decay_iters=9", ["schedule ended at iteration 8, now at 9", "lr_decay_iters=8"]),
+        ("train_iters=20", ["shuffled for 8 iterations, now for 20"]),
+        ("seed=5", ["seed was 1234, now 5"]),
+        ("bf16=true", ["bf16 was False, now True"]),
+        ("global_batch_size=8", ["global_batch_size was 4, now 8"]),
+        ("seq_length=8", ["seq_length was 16, now 8"]),
     ],
 )
-def test_resuming_under_other_rules_prints_the_difference(
+def test_resuming_another_run_prints_the_difference(
     change: str, words: list[str], tmp_path: Path
 ) -> None:
-    run_training(tiny("train_iters=1", *folders(tmp_path)))
+    options = ["lr_decay_iters=8", "train_iters=2"]
+    run_training(tiny(*options, "train_iters=1", *folders(tmp_path)))
     with pytest.raises(CheckpointError) as error:
-        run_training(tiny("train_iters=2", change, *folders(tmp_path, load=True)))
+        run_training(tiny(*options, change, *folders(tmp_path, load=True)))
     for word in words:
         assert word in str(error.value)
+
+
+def test_layout_logging_and_evaluation_may_change_on_resume(tmp_path: Path) -> None:
+    options = ["lr_decay_iters=8", "train_iters=2"]
+    run_training(tiny(*options, "train_iters=1", *folders(tmp_path)))
+    changes = ["micro_batch_size=4", "log_interval=5", "eval_iters=2", "attention_backend=local"]
+    result = run_training(tiny(*options, *changes, *folders(tmp_path, load=True)))
+    assert result.iteration == 2
+
+
+def test_a_finished_run_says_that_nothing_is_left(tmp_path: Path) -> None:
+    run_training(tiny("train_iters=2", *folders(tmp_path)))
+    lines: list[str] = []
+    samples = RandomSamples(96, 16)
+    run = tiny("train_iters=2", *folders(tmp_path, load=True))
+    train(run, data=TrainData(samples), echo=lines.append)
+    assert "iteration 2 and train_iters is 2: nothing left to train" in lines[-1]
 
 
 @pytest.mark.parametrize("precision", ["bf16=false", "bf16=true"])
@@ -114,6 +141,29 @@ def test_finetuning_under_another_logit_multiplier_is_refused(tmp_path: Path) ->
         )
 
 
+@pytest.mark.parametrize("change", ["logit_multiplier=4", "base_hidden_size=16"])
+def test_finetuning_a_tied_model_under_another_logit_multiplier_is_refused(
+    change: str, tmp_path: Path
+) -> None:
+    tied = [
+        "untie_embeddings_and_output_weights=false",
+        "output_form=multiplier",
+        "init=sigma",
+        "train_iters=1",
+    ]
+    run_training(tiny(*tied, *folders(tmp_path)))
+    with pytest.raises(CheckpointError, match=r"logit multiplier was 0\.5, now"):
+        run_training(tiny(*tied, change, f"load={tmp_path}", "finetune=true"))
+
+
+def test_saving_an_iteration_again_replaces_it_whole(tmp_path: Path) -> None:
+    run_training(tiny("train_iters=2", *folders(tmp_path)))
+    run_training(tiny("train_iters=2", "seed=7", *folders(tmp_path)))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["iter_0000002", TRACKER]
+    record = json.loads((tmp_path / "iter_0000002" / "parameterization.json").read_text())
+    assert record["config"]["training"]["seed"] == 7
+
+
 def test_an_empty_folder_starts_from_scratch_as_in_megatron(tmp_path: Path) -> None:
     result = run_training(tiny("train_iters=1", f"load={tmp_path}"))
     assert result.iteration == 1
@@ -128,8 +178,12 @@ def test_a_tracker_that_names_a_missing_folder_is_an_error(tmp_path: Path) -> No
         latest_iteration(tmp_path)
 
 
-def test_a_diverged_run_stops_and_does_not_overwrite_the_checkpoint(tmp_path: Path) -> None:
-    result = run_training(tiny("train_iters=50", "lr=1e30", "clip_grad=0", *folders(tmp_path)))
+def test_a_diverged_run_saves_no_checkpoint_of_its_wreck(tmp_path: Path) -> None:
+    broken = ["train_iters=50", "lr=1e30", "clip_grad=0", "log_interval=10", "save_interval=1"]
+    result = run_training(tiny(*broken, *folders(tmp_path)))
     assert result.diverged
-    assert result.iteration < 50
-    assert not (tmp_path / TRACKER).exists()
+    saved = latest_iteration(tmp_path)
+    # The step whose gradient was not finite is the last one, and is not saved.
+    assert (saved or 0) < result.iteration < 10
+    for row in result.history:
+        assert row["iteration"] == result.iteration

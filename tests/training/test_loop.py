@@ -13,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 from megatron_mup.config import LossDenominator, RunConfig
+from megatron_mup.errors import ConfigError
 from megatron_mup.training.loop import TrainData, TrainResult, train
 from megatron_mup.training.step import loss_function
 from tests.configurations import tiny
@@ -89,6 +90,42 @@ def test_batch_ramp_up_reads_consecutive_samples() -> None:
     assert seen == list(range(20))
 
 
+def test_rate_counts_the_samples_that_were_read_when_the_batch_grows() -> None:
+    result = run_training(
+        tiny("train_iters=5", "rampup_batch_size=[2,2,6]", "global_batch_size=6", "log_interval=5")
+    )
+    (row,) = result.history
+    # Batches of 2, 2, 4, 6 and 6 sequences of 16 tokens.
+    assert row["tokens/sec"] * row["iteration-time"] * 5 == pytest.approx(20 * 16)
+
+
+def test_the_parameter_table_is_logged_at_the_start() -> None:
+    lines: list[str] = []
+    run_training(tiny("train_iters=1"), lines)
+    assert "110,592 parameters in 14 logical tensors" in lines[0]
+    assert "forward multipliers: embedding 1" in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("checkpoint.save={file}/deeper", "checkpoint.save"),
+        ("logging.tensorboard_dir={file}", "logging.tensorboard_dir"),
+        ("logging.metrics_path={folder}", "is a folder; give the name of a JSON lines file"),
+        ("data.data_cache_path={file}", "data.data_cache_path"),
+    ],
+)
+def test_outputs_that_cannot_be_written_are_refused_before_training(
+    option: str, words: str, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    filled = option.format(file=tmp_path / "file", folder=tmp_path)
+    lines: list[str] = []
+    with pytest.raises(ConfigError, match=words):
+        run_training(tiny(filled), lines)
+    assert lines == []
+
+
 def test_metrics_go_to_json_lines_and_tensorboard_under_megatrons_names(tmp_path: Path) -> None:
     run_training(
         tiny(
@@ -105,6 +142,7 @@ def test_metrics_go_to_json_lines_and_tensorboard_under_megatrons_names(tmp_path
     assert {"lm loss validation", "lm loss validation ppl"} <= set(rows[2])
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert names | {"lm loss validation"} <= set(events.Tags()["scalars"])
+    assert events.Tags()["tensors"] == ["parameters/text_summary"]
     logged = [event.value for event in events.Scalars("lm loss")]
     assert logged == pytest.approx([rows[0]["lm loss"], rows[1]["lm loss"]])
 
