@@ -40,6 +40,17 @@ def _require_config(path: Path | None) -> Path:
     return path
 
 
+def _refuse_with_translation(config: Path | None, overrides: list[str]) -> None:
+    """Raise ConfigError for arguments that a translation would silently ignore."""
+    given = [f"--config {config}"] if config is not None else []
+    given += overrides
+    if given:
+        raise ConfigError(
+            f"--from-megatron-args only prints a configuration, but {', '.join(given)} is given as "
+            "well; save the printed YAML and pass it with --config FILE"
+        )
+
+
 @app.command()
 def train(
     overrides: Overrides = None,
@@ -54,22 +65,20 @@ def train(
 ) -> None:
     """Train a GPT as configured; launch with python, torchrun or srun."""
     if from_megatron_args is not None:
+        _refuse_with_translation(config, overrides or [])
         from megatron_mup.megatron_args import translate
 
         translation = translate(from_megatron_args)
+        # Notes go to stderr, so that stdout can be redirected into a configuration file.
         typer.echo(translation.yaml)
         for line in translation.unmapped:
             typer.echo(line, err=True)
         return
     from megatron_mup.config_io import load_config
-    from megatron_mup.describe import describe_text
 
     run = load_config(_require_config(config), overrides or [])
     from megatron_mup.training.loop import train as run_training
-    from megatron_mup.training.processes import detect_launch
 
-    if detect_launch().rank == 0:
-        typer.echo(describe_text(run.table))
     result = run_training(run, echo=typer.echo)
     if result.diverged:
         raise typer.Exit(EXIT_DIVERGED)
@@ -109,9 +118,11 @@ def quickstart(
     out: Annotated[Path, typer.Option(help="Folder of data, runs, table and picture.")] = Path(
         "quickstart"
     ),
-    widths: Annotated[str, typer.Option(help="Hidden sizes, multiples of 16.")] = "32,64,128",
+    widths: Annotated[
+        str, typer.Option(help="Hidden sizes, multiples of 16, increasing.")
+    ] = "32,64,128",
     log2_lrs: Annotated[
-        str | None, typer.Option(help="Grid of log2 base learning rates, increasing.")
+        str | None, typer.Option(help="Grid of log2 base learning rates, at least 3, increasing.")
     ] = None,
     steps: Annotated[int, typer.Option(help="Optimizer steps of each run.")] = 200,
     workers: Annotated[int, typer.Option(help="Runs at a time, one thread each.")] = 2,
@@ -122,8 +133,10 @@ def quickstart(
     plan = module.QuickstartPlan(
         out=out,
         text=tuple(text or ()),
-        widths=tuple(int(width) for width in _numbers("--widths", widths)),
-        log2_lrs=module.LOG2_LRS if log2_lrs is None else _numbers("--log2-lrs", log2_lrs),
+        widths=_listed("--widths", widths, int, "whole numbers"),
+        log2_lrs=module.LOG2_LRS
+        if log2_lrs is None
+        else _listed("--log2-lrs", log2_lrs, float, "numbers"),
         steps=steps,
         workers=workers,
     )
@@ -131,16 +144,20 @@ def quickstart(
     module.report_quickstart(plan, records, typer.echo)
 
 
-def _numbers(option: str, text: str) -> tuple[float, ...]:
+def _listed[Number: (int, float)](
+    option: str, text: str, kind: type[Number], kind_in_words: str
+) -> tuple[Number, ...]:
     """Parse a comma-separated list.
 
     Raises:
-        ConfigError: something in it is not a number.
+        ConfigError: something in it is not of that kind.
     """
     try:
-        return tuple(float(part) for part in text.split(","))
+        return tuple(kind(part) for part in text.split(","))
     except ValueError as error:
-        raise ConfigError(f"{option} is '{text}'; give numbers separated by commas") from error
+        raise ConfigError(
+            f"{option} is '{text}'; give {kind_in_words} separated by commas"
+        ) from error
 
 
 def _print_version(value: bool) -> None:

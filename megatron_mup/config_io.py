@@ -35,6 +35,7 @@ def option_names(cls: type[Any] = RunConfig) -> dict[str, list[str]]:
 
 def _nearest(key: str, candidates: Sequence[str]) -> str:
     """The hint that ends an unknown-key message."""
+    # Compared without sections: a right name in a wrong section is the commonest mistake.
     bare = key.rsplit(".", maxsplit=1)[-1]
     by_leaf = {name.rsplit(".", maxsplit=1)[-1]: name for name in candidates}
     match = difflib.get_close_matches(bare, list(by_leaf), n=1, cutoff=0.6)
@@ -54,6 +55,7 @@ def _qualify(override: str) -> str:
     key, separator, value = override.partition("=")
     if not separator:
         raise ConfigError(f"'{override}' is not an override; write key=value")
+    # A name without its section is found by search; a test holds option names unique.
     keys = _all_keys()
     matches = [name for name in keys if name == key or name.split(".", 1)[1] == key]
     if len(matches) == 1:
@@ -85,6 +87,8 @@ def _check_keys(data: Any, origin: str) -> None:
 
 def _load_yaml(path: Path) -> Any:
     try:
+        # Unlike PyYAML's safe_load, OmegaConf's loader refuses duplicate keys and reads 3e-4 as a
+        # number; plain data is all that either builds.
         return OmegaConf.to_container(OmegaConf.create(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise ConfigError(f"cannot read configuration '{path}': {error.strerror}") from error
@@ -110,6 +114,7 @@ def _dotlist(overrides: Sequence[str]) -> Any:
 
 def _reason(error: OmegaConfBaseException, key: str) -> str:
     """The first line; a wrong choice is answered with the values that YAML takes."""
+    # OmegaConf lists an enum's Python names, YAML takes their values.
     first = str(error).splitlines()[0]
     invalid, wrong_choice, _ = first.partition(", expected one of")
     if not wrong_choice:
@@ -146,6 +151,7 @@ def config_from_dict(
     """Build a configuration from plain data; see ``load_config``."""
     _check_keys(data, origin)
     changes = _dotlist(overrides)
+    # The structured schema brings the types; the sections' own checks run in to_object.
     try:
         merged = OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.create(data), changes)
         result = OmegaConf.to_object(merged)
@@ -174,9 +180,5 @@ def config_to_dict(config: RunConfig) -> dict[str, Any]:
 def _plain(values: Any) -> Any:
     if isinstance(values, dict):
         return {str(key): _plain(value) for key, value in values.items()}
+    # OmegaConf keeps enum members; JSON and YAML need their values.
     return values.value if hasattr(values, "value") else values
-
-
-def config_to_yaml(config: RunConfig) -> str:
-    """YAML text of a configuration, every option written out."""
-    return yaml.safe_dump(config_to_dict(config), sort_keys=False)

@@ -82,7 +82,7 @@ def _cell(key: str, value: object) -> str:
 def rule_table_markdown() -> str:
     """The README's rule table, generated from ``RULES``; a test compares the two.
 
-    Symbols: M hidden size, r the ratio of a tensor's fan-in (or the width) to its base.
+    Symbols: M hidden size; ``base`` marks the size in the base model.
     """
     lines = [
         "| role | init std (`fan_in`) | LR under `sp` | LR under `mup` | LR under `abs_mup` |",
@@ -91,6 +91,8 @@ def rule_table_markdown() -> str:
     for role in Role:
         rates = [_rate(name, role) for name in (_SP, _MUP, _ABS)]
         lines.append(f"| {role.value} | {_std(role)} | {' | '.join(rates)} |")
+    width = _power(_MUP, Ratio.WIDTH, RULES[_MUP][Role.FFN_OUT].lr_exponent)
+    lines += ["", f"(*) `ffn_out_lr_ratio: width`, the paper's choice: alpha {width}."]
     return "\n".join(lines)
 
 
@@ -112,8 +114,10 @@ def _rate(name: Parameterization, role: Role) -> str:
     rule = RULES[name][role]
     if rule.ratio is Ratio.NONE:
         return "alpha"
-    if name is Parameterization.ABS_MUP:
-        base = "M" if rule.ratio is Ratio.WIDTH else "fan_in"
-    else:
-        base = "(M / base M)" if rule.ratio is Ratio.WIDTH else "(fan_in / base fan_in)"
-    return f"alpha {base}^{rule.lr_exponent:g}"
+    note = " (*)" if (name, role) == (_MUP, Role.FFN_OUT) else ""
+    return f"alpha {_power(name, rule.ratio, rule.lr_exponent)}{note}"
+
+
+def _power(name: Parameterization, ratio: Ratio, exponent: float) -> str:
+    size = "M" if ratio is Ratio.WIDTH else "fan_in"
+    return f"{size if name is _ABS else f'({size} / base {size})'}^{exponent:g}"

@@ -47,20 +47,6 @@ def bind_device(local_rank: int) -> None:
         torch.cuda.set_device(local_rank % torch.cuda.device_count())
 
 
-def cpu_rng_only() -> bool:
-    """Whether random state lives on the CPU alone."""
-    return not has_cuda()
-
-
-def peak_memory_bytes() -> int:
-    """Largest memory so far: allocated on the GPU, or resident of the process."""
-    if has_cuda():
-        return int(torch.cuda.max_memory_allocated())
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def _keep_freed_memory() -> None:
     """Let glibc reuse freed activations instead of giving them back to the kernel each step.
 

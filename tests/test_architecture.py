@@ -15,7 +15,7 @@ _NAMES = [str(path.relative_to(_PACKAGE)) for path in _FILES]
 
 # A module imports from its own layer's package, from the same layer, or from a lower one.
 LAYERS = [
-    {"__init__", "errors", "platform"},
+    {"__init__", "errors", "platform", "revision"},
     {"parameterization"},
     {"config", "config_io", "config_reference", "describe"},
     {"model", "optimizer", "data", "megatron_args"},
@@ -112,6 +112,16 @@ def test_files_stay_short_and_say_what_they_own(name: str) -> None:
     assert text.isascii()
     assert len(text.splitlines()) <= (650 if name in LONG_FILES else 400)
     assert ast.get_docstring(ast.parse(text))
+
+
+@pytest.mark.parametrize("name", _NAMES)
+def test_functions_fit_on_a_screen(name: str) -> None:
+    sizes = [
+        (node.name, (node.end_lineno or 0) - node.lineno + 1)
+        for node in ast.walk(parsed(name))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
+    assert [item for item in sizes if item[1] > 40] == []
 
 
 def test_packages_that_import_megatron_prepare_the_platform_first() -> None:

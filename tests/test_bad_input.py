@@ -378,7 +378,7 @@ CASES = [
     ),
     Case(
         "zero_lr_with_independent_decay",
-        options("lr=0"),
+        options("lr=0", "weight_decay=0.1"),
         ParameterizationError,
         ("weight_decay_mode=independent", "0.0", "set optimizer.lr above 0 or use coupled"),
     ),

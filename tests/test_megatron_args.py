@@ -56,7 +56,7 @@ SMALL = (
     "--num-layers 24 --hidden-size 2048 --num-attention-heads 16 --vocab-size 32000 "
     "--seq-length 1024 --train-iters 1000 --global-batch-size 32 --micro-batch-size 2 --lr 3e-4 "
     "--position-embedding-type rope --normalization RMSNorm --hidden-dropout 0 "
-    "--attention-dropout 0.0 "
+    "--attention-dropout 0.0 --calculate-per-token-loss --transformer-impl local "
 )
 MUP = SMALL + (
     "--use-mup --mup-base-hidden-size 256 --untie-embeddings-and-output-weights --swiglu "
@@ -131,6 +131,8 @@ def test_gpt3_175b_lists_each_flag_and_default_without_counterpart():
 
     assert subjects == [
         "'torchrun --nproc_per_node 8 --nnodes 1 pretrain_gpt.py'",
+        "--calculate-per-token-loss is not given",
+        "--transformer-impl is not given",
         "--position-embedding-type learned_absolute (Megatron's default is learned_absolute)",
         "--normalization LayerNorm (Megatron's default is LayerNorm)",
         "--hidden-dropout 0.1 (Megatron's default is 0.1)",
@@ -362,6 +364,26 @@ def test_complete_command_line_leaves_nothing_to_list():
     assert translate(SMALL).unmapped == ()
 
 
+def test_an_absent_per_token_loss_is_another_average_of_masked_batches():
+    without = SMALL.replace("--calculate-per-token-loss", "")
+    (line,) = translate(without).unmapped
+
+    assert line.startswith("--calculate-per-token-loss is not given: Megatron averages the loss")
+    assert "this package divides by the batch's unmasked tokens" in line
+    assert "the same when no token is masked" in line
+    assert config_from_dict(translate(without).config).training.loss_denominator == "tokens"
+
+
+def test_an_absent_implementation_is_local_here_and_transformer_engine_in_megatron():
+    without = SMALL.replace("--transformer-impl local", "")
+    (line,) = translate(without).unmapped
+
+    assert line.startswith("--transformer-impl is not given: Megatron's default is transformer_eng")
+    assert "here it is local" in line
+    assert config_from_dict(translate(without).config).model.transformer_impl == "local"
+    assert translate(without + "--transformer-impl transformer_engine").unmapped == ()
+
+
 def test_empty_command_line_lists_every_required_option():
     missing = [line for line in translate("").unmapped if line.startswith("missing: ")]
 
@@ -466,6 +488,8 @@ def test_all_choices_are_megatrons(megatron_actions):
         ("profile-step-end", 12),
         ("lion-beta1", 0.95),
         ("lion-beta2", 0.98),
+        ("calculate-per-token-loss", False),
+        ("transformer-impl", "transformer_engine"),
     ],
 )
 def test_megatrons_defaults_are_those_assumed(megatron_actions, flag, default):

@@ -68,7 +68,7 @@ def test_make_targets_of_the_readme_exist() -> None:
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder_with_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An empty folder with the examples and some real text of the standard library."""
     folder = tmp_path_factory.mktemp("readme")
     (folder / "examples").symlink_to(ROOT / "examples")
@@ -82,7 +82,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.dist
 @pytest.mark.xdist_group("readme")
-def test_every_command_of_the_readme_runs(workplace: Path) -> None:
+def test_every_command_of_the_readme_runs(folder_with_text: Path) -> None:
     lines = [short for line in commands() for short in SHORT.get(line, [line])]
     assert len(lines) >= 8
     environment = {
@@ -96,7 +96,7 @@ def test_every_command_of_the_readme_runs(workplace: Path) -> None:
     for line in lines:
         done = subprocess.run(
             shlex.split(line),
-            cwd=workplace,
+            cwd=folder_with_text,
             env=environment,
             capture_output=True,
             text=True,
@@ -106,7 +106,7 @@ def test_every_command_of_the_readme_runs(workplace: Path) -> None:
         outputs[line] = done.stdout
     quickstart = next(text for line, text in outputs.items() if " quickstart " in line)
     assert "| mup | 64 |" in quickstart
-    assert (workplace / "quickstart" / "quickstart.png").read_bytes()[:4] == b"\x89PNG"
+    assert (folder_with_text / "quickstart" / "quickstart.png").read_bytes()[:4] == b"\x89PNG"
     trained = [text for line, text in outputs.items() if "first_run" in line and "train" in line]
     finals = [re.findall(r"lm loss validation (\d\.\d+)", text)[-1] for text in trained]
     # One process and two tensor-parallel ranks print the same held-out loss.

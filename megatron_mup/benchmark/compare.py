@@ -1,4 +1,4 @@
-"""The comparisons that are demanded: sizes, contestants, limits."""
+"""The comparisons that ``make bench`` makes: sizes, contestants, limits."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from megatron_mup.config import RunConfig
 from megatron_mup.training.processes import Launch, parallel_processes
 
 STOCK_LIMIT = 1.03
-"""Upper end of muP's cost relative to stock Megatron-Core; a demand on this project."""
+"""Upper end of muP's cost relative to stock Megatron-Core, which ``make bench`` checks."""
 
 PLAIN_LIMIT = 1.10
-"""Upper end of its cost relative to plain PyTorch; a demand on this project."""
+"""Upper end of its cost relative to plain PyTorch, which ``make bench`` checks."""
 
 SIZES: dict[str, RunConfig] = {
     "3M": benchmark_run(hidden_size=256, num_layers=4),
@@ -56,6 +56,8 @@ def compare(
     for second, build, limit, model, count in against:
         echo(f"muP against {second}, {model}: {count} pairs of steps")
         run = sizes[model]
+        # Both contestants live at once, so that every pair sees the same state of the machine; the
+        # next comparison starts from fresh ones.
         with parallel_processes(run, Launch()):
             times = alternate(mup(run), build(run), random_batches(run, BATCHES), pairs=count)
         comparisons.append(

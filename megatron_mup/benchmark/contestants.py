@@ -50,7 +50,6 @@ def benchmark_run(
         seq_length: tokens per sequence.
         batch_size: sequences per step, in one microbatch.
     """
-    base_hidden_size = hidden_size // 4
     return config_from_dict(
         {
             "model": {
@@ -60,15 +59,7 @@ def benchmark_run(
                 "vocab_size": 512,
                 "seq_length": seq_length,
             },
-            "parameterization": {
-                "base_hidden_size": base_hidden_size,
-                "base_ffn_hidden_size": 4 * base_hidden_size,
-                "base_kv_channels": 16,
-                "base_num_layers": num_layers,
-                "output_form": "multiplier",
-                "embedding_multiplier": 2.0,
-                "residual_multiplier": 0.5,
-            },
+            "parameterization": _costly_parameterization(hidden_size // 4, num_layers),
             "optimizer": {"lr": 2.0**-8, "weight_decay": 0.1, "weight_decay_mode": "coupled"},
             # The schedule never ends: a contestant may take any number of steps.
             "schedule": {"lr_decay_style": "constant"},
@@ -79,8 +70,20 @@ def benchmark_run(
                 "eval_iters": 0,
             },
         },
-        [],
     )
+
+
+def _costly_parameterization(base_hidden_size: int, num_layers: int) -> dict[str, Any]:
+    return {
+        "base_hidden_size": base_hidden_size,
+        "base_ffn_hidden_size": 4 * base_hidden_size,
+        "base_kv_channels": 16,
+        "base_num_layers": num_layers,
+        # Not folded, and not 1, on purpose: a multiplier of 1 adds no operation to be measured.
+        "output_form": "multiplier",
+        "embedding_multiplier": 2.0,
+        "residual_multiplier": 0.5,
+    }
 
 
 def random_batches(run: RunConfig, count: int, *, seed: int = 0) -> list[Batch]:
@@ -106,6 +109,7 @@ def mup_contestant(run: RunConfig) -> TrainStep:
     state = build_state(run)
 
     def step(batch: Batch) -> float:
+        # Reading the loss waits for the step, as the other contestants do.
         total, tokens = train_step(state, iter([batch]), 1).loss_sum_and_tokens.tolist()
         return float(total / tokens)
 
@@ -119,6 +123,7 @@ def stock_model(run: RunConfig) -> Any:
         embedding=1.0, attention=1.0 / math.sqrt(model.head_dim), residual=1.0, logit=1.0
     )
     config = transformer_config(run, ones)
+    # The package draws initial weights itself and therefore switches upstream's drawing off.
     config.perform_initialization = True
     gpt = GPTModel(
         config,
@@ -131,6 +136,7 @@ def stock_model(run: RunConfig) -> Any:
         rotary_base=model.rotary_base,
     )
     for parameter in gpt.parameters():
+        # The CPU initialization path of 0.19.2 leaves replicated parameters without attributes.
         tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
     return gpt
 
@@ -145,9 +151,11 @@ def stock_contestant(run: RunConfig) -> TrainStep:
     optimizer = get_megatron_optimizer(
         config,
         [ddp],
+        # No weight decay on biases and gains, as in Megatron's own training.
         config_overrides=get_standard_config_overrides(config),
         use_gloo_process_groups=True,
     )
+    # As upstream's training loop does; without them the schedule would reduce no gradient.
     gpt.config.no_sync_func = ddp.no_sync
     gpt.config.finalize_model_grads_func = finalize_model_grads
     gpt.config.grad_scale_func = optimizer.scale_loss
@@ -201,6 +209,7 @@ def plain_contestant(run: RunConfig) -> TrainStep:
     )
 
     def step(batch: Batch) -> float:
+        # PyTorch's default; upstream's DDP has to zero its gradient buffer instead.
         optimizer.zero_grad(set_to_none=True)
         loss = model(batch["tokens"], batch["labels"])
         loss.backward()

@@ -99,6 +99,7 @@ def alternate(
 
 def _trimmed_mean(sorted_rows: np.ndarray[tuple[int, int], np.dtype[np.float64]]) -> list[float]:
     """Mean of the middle 80% of each sorted row."""
+    # Nothing is cut from fewer than ten pairs: a mean of what is there.
     cut = sorted_rows.shape[1] // 10
     kept = sorted_rows[:, cut : sorted_rows.shape[1] - cut]
     return [float(mean) for mean in kept.mean(axis=1)]
@@ -110,7 +111,9 @@ def ratio(pairs: Pairs) -> Ratio:
     The log ratios of the pairs are averaged without the outer tenths, because a burst of foreign
     work on a shared machine costs cache and therefore CPU time as well.
     """
+    # Logarithms, so that swapping the contestants gives the reciprocal ratio.
     logs = np.log(np.array(pairs.first) / np.array(pairs.second))
+    # A fixed seed: the same times give the same interval whenever they are looked at.
     picks = np.random.default_rng(0).integers(len(logs), size=(BOOTSTRAP_SAMPLES, len(logs)))
     means = _trimmed_mean(np.sort(logs[picks], axis=1))
     (value,) = _trimmed_mean(np.sort(logs)[None, :])

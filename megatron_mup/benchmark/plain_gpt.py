@@ -20,6 +20,7 @@ def rotary_tables(model: ModelConfig) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the rotary angles, each [S, D], both halves of D alike."""
     exponents = torch.arange(0, model.head_dim, 2, dtype=torch.float32) / model.head_dim
     angles = torch.outer(torch.arange(model.seq_length).float(), 1.0 / model.rotary_base**exponents)
+    # Megatron's layout (rotary_interleaved=False): element i turns with element i + D/2.
     both_halves = torch.cat((angles, angles), dim=-1)
     return both_halves.cos(), both_halves.sin()
 
@@ -37,6 +38,7 @@ class PlainBlock(nn.Module):
         self.heads = model.num_attention_heads
         self.norm_epsilon = model.norm_epsilon
         attention_width = self.heads * model.head_dim
+        # All queries, then keys, then values; Megatron interleaves them by query group.
         self.qkv = nn.Linear(model.hidden_size, 3 * attention_width, bias=False)
         self.attention_out = nn.Linear(attention_width, model.hidden_size, bias=False)
         self.ffn_in = nn.Linear(model.hidden_size, model.ffn_width, bias=False)
@@ -83,6 +85,7 @@ class PlainGPT(nn.Module):
         if not model.untie_embeddings_and_output_weights:
             self.output.weight = self.embedding.weight
         cos_SD, sin_SD = rotary_tables(model)
+        # Buffers rather than attributes, so that they move with the model.
         self.register_buffer("cos_SD", cos_SD)
         self.register_buffer("sin_SD", sin_SD)
 

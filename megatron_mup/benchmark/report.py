@@ -1,11 +1,10 @@
-"""The demands on speed, and the table that says whether this machine met them."""
+"""The limits on speed, and the page that says whether this machine kept them."""
 
 from __future__ import annotations
 
 import datetime
 import os
 import platform as python_platform
-import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -15,7 +14,9 @@ import torch
 
 from megatron_mup import __version__
 from megatron_mup.benchmark.measure import Ratio
+from megatron_mup.data.publication import publish_text
 from megatron_mup.errors import ConfigError
+from megatron_mup.revision import revision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +27,7 @@ class Comparison:
         first: name of the contestant that is judged.
         second: name of the yardstick.
         model: its size in words.
-        limit: largest upper end of the interval that meets the demand.
+        limit: largest upper end of the interval that is accepted.
         ratio: the measurement.
     """
 
@@ -39,6 +40,7 @@ class Comparison:
     @property
     def met(self) -> bool:
         """Whether the whole interval lies within the limit."""
+        # The ratio alone would pass half of the time at the limit itself.
         return self.ratio.high <= self.limit
 
 
@@ -58,19 +60,9 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return python_platform.processor() or python_platform.machine()
+    # One line per core, and none at all on some ARM machines.
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else python_platform.machine()
-
-
-def _commit() -> str:
-    """Commit of the source tree, marked when files differ from it."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    folder = Path(__file__).parent
-    try:
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "not in a git repository, or none made yet"
-    return done.stdout.strip()
 
 
 def circumstances(command: str) -> Circumstances:
@@ -85,7 +77,7 @@ def circumstances(command: str) -> Circumstances:
     return Circumstances(
         machine=f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s) used",
         software=f"megatron_mup {__version__}, {packages}, Python {python}",
-        commit=_commit(),
+        commit=revision(),
         date=now.strftime("%Y-%m-%d %H:%M UTC"),
         command=command,
     )
@@ -110,7 +102,12 @@ def table(comparisons: Sequence[Comparison]) -> str:
 
 
 def document(comparisons: Sequence[Comparison], where: Circumstances) -> str:
-    """The whole page of a measurement, Markdown."""
+    """The whole page of a measurement, Markdown.
+
+    Args:
+        comparisons: rows of the table.
+        where: machine, versions, commit, date and command of the measurement.
+    """
     return f"""# Speed of a training step
 
 Written by `make bench`, which overwrites this page. CPU-seconds are medians per step, first /
@@ -127,14 +124,18 @@ second.
 | date | {where.date} |
 | command | `{where.command}` |
 
-## What is measured
+{_METHOD}"""
+
+
+# A constant, so that no measurement's number can slip into what does not depend on it.
+_METHOD = """## What is measured
 
 One whole optimizer step (zeroing, forward, backward, clipping, AdamW) in fp32 on sequences of 256
 random tokens, eight per step. Both steps of a pair run in one process, one after the other on the
 same batch, and the order turns round from pair to pair. The clock counts the CPU time of all
 threads of the process, so other processes do not enter directly. The ratio is the geometric mean
 over pairs without the outer tenths; the interval is its 95% percentile bootstrap over pairs. A
-demand is met when the upper end of the interval is within it.
+limit is kept when the upper end of the interval is within it.
 
 - **muP**: this package with width multiplier 4 and every multiplier different from 1 (embedding 2,
   residual branches 0.5, logits 1/4, attention 1/D) and one optimizer group per learning rate.
@@ -163,15 +164,9 @@ def write(path: Path, text: str) -> None:
     Raises:
         ConfigError: the folder does not exist or cannot be written to.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        publish_text(path, text)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise ConfigError(
             f"--output {path} cannot be written ({error.strerror}); give a file in a folder that "
             "exists and that you may write to"

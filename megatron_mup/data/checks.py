@@ -30,10 +30,12 @@ def check_training_data(run: RunConfig) -> None:
             "data.valid_data_path is empty but training.eval_iters is "
             f"{run.training.eval_iters}; give held-out shards or set training.eval_iters=0"
         )
+    # Held-out shards that no evaluation will read need not exist.
     valid = run.data.valid_data_path if run.training.eval_iters > 0 else []
     for paths in (run.data.train_data_path, valid):
         for prefix in parse_blend(paths)[0]:
             shard = open_shard(Path(prefix), vocab_size=run.model.vocab_size)
+            # A sample is a sequence and the token after it, the last label.
             if shard.tokens <= run.model.seq_length:
                 raise DataError(
                     f"shard '{prefix}' has {shard.tokens} tokens, which is not one sequence of "

@@ -95,6 +95,7 @@ def write_corpus(out_jsonl: Path, *, max_bytes: int, seed: int = 0, overwrite: b
 
 
 def _collect(max_bytes: int, seed: int) -> Iterator[Document]:
+    # By hash and not by a shuffle: a package more or less moves no other file.
     def order(name: str) -> bytes:
         return hashlib.sha256(f"{seed}\0{name}".encode()).digest()
 
@@ -106,6 +107,7 @@ def _collect(max_bytes: int, seed: int) -> Iterator[Document]:
         if text is None:
             continue
         raw = text.encode("utf-8")
+        # Vendored copies would put the same text into both splits.
         digest = hashlib.sha256(raw).digest()
         if digest in seen:
             continue
@@ -133,6 +135,7 @@ def _candidates() -> dict[str, Path]:
 
 def _walk(root: Path) -> Iterator[Path]:
     for folder, subfolders, names in os.walk(root):
+        # Assigned in place: os.walk then does not enter what is left out.
         subfolders[:] = [
             name
             for name in subfolders
@@ -151,6 +154,7 @@ def _usable_text(path: Path) -> str | None:
         text = path.read_bytes().decode("utf-8")
     except (OSError, UnicodeDecodeError):
         return None
+    # Generators announce themselves at the top; further down the words may be about something else.
     if _GENERATED.search(text[:1000]) or "\0" in text:
         return None
     if max(map(len, text.splitlines()), default=0) > MAX_LINE_CHARACTERS:

@@ -6,6 +6,7 @@ tokens. Its sample order depends on the seed and the shards, not on the layout o
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from megatron_mup import platform
 from megatron_mup.config import RunConfig
+from megatron_mup.data.shards import open_shard
 from megatron_mup.errors import DataError
 
 Blend = tuple[list[str], list[float] | None]
@@ -38,15 +40,43 @@ class Samples(Protocol):
 
 @dataclass(frozen=True)
 class _ShardTokenizer:
-    """The three facts that ``GPTDataset`` asks of a tokenizer (0.19.2)."""
+    """What ``GPTDataset`` asks of a tokenizer (0.19.2), and what the shards hold."""
 
     vocab_size: int
     eod: int
+    contents: tuple[str, ...]
 
     @property
-    def unique_identifiers(self) -> dict[str, int]:
-        """Part of the key of Megatron's index cache."""
-        return {"vocab_size": self.vocab_size, "eod": self.eod}
+    def unique_identifiers(self) -> dict[str, int | tuple[str, ...]]:
+        """Part of the key of Megatron's index cache, and of nothing else.
+
+        Upstream's key names a shard by its path: a shard made anew at the same place would be read
+        through the index of its predecessor. The tokenizer is the only part of the key that a
+        caller may fill, so the shards' digests stand here. The order of samples comes from the
+        seed and the shards alone and does not see this key.
+        """
+        return {"vocab_size": self.vocab_size, "eod": self.eod, "contents": self.contents}
+
+
+def _content_key(prefix: str) -> str:
+    """Digest of what decides a shard's samples; the .idx is hashed, the .bin's hash is looked up.
+
+    Raises:
+        DataError: the shard is missing or damaged.
+    """
+    manifest = open_shard(Path(prefix)).manifest
+    with Path(f"{prefix}.idx").open("rb") as stream:
+        layout = hashlib.file_digest(stream, "sha256").hexdigest()
+    # Document lengths alone decide an index; the .bin's hash shows in the cache's description which
+    # tokens it was made for.
+    return f"idx:{layout} bin:{manifest.bin_sha256 if manifest else 'no manifest'}"
+
+
+def _shard_tokenizer(run: RunConfig, *blends: Blend) -> _ShardTokenizer:
+    """What upstream asks of a tokenizer, for the shards of these blends."""
+    prefixes = [prefix for blend in blends for prefix in blend[0]]
+    contents = tuple(_content_key(prefix) for prefix in prefixes)
+    return _ShardTokenizer(run.model.vocab_size, run.data.eod_token, contents)
 
 
 def parse_blend(paths: Sequence[str]) -> Blend:
@@ -89,6 +119,9 @@ def build_datasets(
 
     Returns:
         Training samples, held-out samples.
+
+    Raises:
+        DataError: a shard is missing or damaged.
     """
     platform.prepare()
     from megatron.core.datasets.blended_megatron_dataset_builder import (
@@ -98,13 +131,13 @@ def build_datasets(
 
     train = parse_blend(run.data.train_data_path)
     valid = parse_blend(run.data.valid_data_path) if valid_samples else None
-    cache = run.data.data_cache_path or str(Path(train[0][0]).parent / "cache")
     config = GPTDatasetConfig(
         random_seed=run.training.seed,
         sequence_length=run.model.seq_length,
+        # Held-out text is a shard of its own, so that no split changes with the number of samples.
         blend_per_split=[train, valid, None],
-        path_to_cache=cache,
-        tokenizer=_ShardTokenizer(run.model.vocab_size, run.data.eod_token),
+        path_to_cache=run.data.data_cache_path or str(Path(train[0][0]).parent / "cache"),
+        tokenizer=_shard_tokenizer(run, *(blend for blend in (train, valid) if blend)),
         reset_position_ids=False,
         reset_attention_mask=False,
         eod_mask_loss=run.data.eod_mask_loss,

@@ -44,6 +44,7 @@ def check_inputs(paths: Sequence[Path]) -> None:
         if path.is_dir():
             raise DataError(f"input {path} is a folder; pass the files in it to --input")
         try:
+            # Opened rather than asked for its mode: root, network disks and containers differ.
             with path.open("rb"):
                 pass
         except OSError as error:
@@ -70,6 +71,7 @@ def read_documents(paths: Sequence[Path], *, json_key: str = "text") -> Iterator
         if path.suffix.lower() in JSON_LINES_SUFFIXES:
             yield from _read_json_lines(path, json_key)
         else:
+            # Bytes, because text mode would translate line ends.
             yield Document(str(path), _decode(path.read_bytes(), path, 0))
 
 
@@ -87,6 +89,7 @@ def is_held_out(text: str, fraction: float) -> bool:
         True for a held-out document.
     """
     digest = hashlib.sha256(text.encode("utf-8")).digest()
+    # 64 bits: a share is met to 1e-19, far below the spread of any number of documents.
     return int.from_bytes(digest[:8], "big") / 2**64 < fraction
 
 
@@ -116,6 +119,7 @@ def _decode(raw: bytes, path: Path, offset: int) -> str:
 
 
 def _read_json_lines(path: Path, json_key: str) -> Iterator[Document]:
+    # Bytes before the line, so that a message names the place in the file.
     offset = 0
     with path.open("rb") as stream:
         for number, raw in enumerate(stream, start=1):
@@ -129,6 +133,7 @@ def _text_of(line: str, where: str, json_key: str) -> str:
     """Return the text in one JSON line; ``where`` is FILE:LINE for messages."""
     try:
         record = json.loads(line)
+    # Deeply nested brackets exhaust the parser's stack.
     except (ValueError, RecursionError) as error:
         raise DataError(
             f"{where}: broken JSON ({error}); each line must be one JSON object"

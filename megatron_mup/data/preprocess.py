@@ -47,6 +47,7 @@ UINT16_VOCAB_LIMIT = 65500
 SHARD_SUFFIXES = (".bin", ".json", ".idx")
 """A shard's files in the order of their publication."""
 
+# Enough text to make up for sending it to another process, small enough for a bounded memory.
 _BATCH_DOCUMENTS = 64
 _BATCH_CHARACTERS = 1 << 20
 
@@ -107,10 +108,7 @@ def preprocess(
         DataError: An input or the output is refused, a split is empty, or writing failed.
     """
     check_inputs(inputs)
-    ends = ("_train", "_valid") if options.valid_fraction > 0 else ("",)
-    prefixes = [Path(f"{output_prefix}{end}") for end in ends]
-    targets = [Path(f"{prefix}{end}") for prefix in prefixes for end in SHARD_SUFFIXES]
-    check_writable(targets, overwrite=options.overwrite, option="--output-prefix")
+    prefixes = _checked_prefixes(output_prefix, options)
     try:
         manifests = _make_shards(inputs, prefixes, tokenizer, options)
     except BrokenProcessPool as error:
@@ -123,6 +121,15 @@ def preprocess(
             f"cannot write {output_prefix}: {error}; free space or pass another --output-prefix"
         ) from error
     return dict(zip(prefixes, manifests, strict=True))
+
+
+def _checked_prefixes(output_prefix: Path, options: PreprocessOptions) -> list[Path]:
+    """The shards to make, the held-out one last; raises DataError if one cannot be published."""
+    ends = ("_train", "_valid") if options.valid_fraction > 0 else ("",)
+    prefixes = [Path(f"{output_prefix}{end}") for end in ends]
+    targets = [Path(f"{prefix}{end}") for prefix in prefixes for end in SHARD_SUFFIXES]
+    check_writable(targets, overwrite=options.overwrite, option="--output-prefix")
+    return prefixes
 
 
 def _make_shards(
@@ -143,6 +150,8 @@ def _make_shards(
             )
             for writer in writers
         ]
+        # Only when every shard is complete: a new training shard beside an old held-out one could
+        # hold the same documents.
         for writer in writers:
             writer.publish()
     return manifests
@@ -155,6 +164,7 @@ class _ShardWriter:
         self.prefix = prefix
         self.dtype = np.dtype(token_dtype(tokenizer.vocab_size))
         self._tokenizer = tokenizer
+        # 4 bytes a document, where a list of ints would take 36.
         self._lengths = array("i")
         self._text_bytes = self._largest = 0
         self._digest = hashlib.sha256()
@@ -171,6 +181,7 @@ class _ShardWriter:
 
     def add(self, ids: NDArray[np.integer], *, text_bytes: int) -> None:
         """Append one document's ids."""
+        # Megatron's files are little-endian on every machine.
         raw = ids.astype(self.dtype.newbyteorder("<"), copy=False).tobytes()
         self._bin.write(raw)
         self._digest.update(raw)
@@ -244,6 +255,7 @@ def index_bytes(lengths: Sequence[int], dtype: np.dtype[np.integer]) -> bytes:
     code = next(code for code, name in DTYPE_CODES.items() if name == dtype.name)
     count = len(lengths)
     lengths_array = np.asarray(lengths, dtype="<i4")
+    # Pointers are where documents begin: the ends of those before.
     ends = np.cumsum(lengths_array, dtype="<i8") * dtype.itemsize
     pointers = np.concatenate([np.zeros(1, dtype="<i8"), ends])[:count]
     boundaries = np.arange(count + 1, dtype="<i8")
@@ -318,6 +330,7 @@ def _encoded(
         initargs=(tokenizer.model,),
     ) as pool:
         pending: deque[tuple[list[str], Future[Encoded]]] = deque()
+        # Two batches a worker: one in work, one waiting, so that no worker idles.
         for batch in batches:
             pending.append((batch, pool.submit(_encode_in_worker, batch)))
             if len(pending) == 2 * workers:

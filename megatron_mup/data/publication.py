@@ -26,6 +26,7 @@ def check_writable(targets: list[Path], *, overwrite: bool, option: str) -> None
     Raises:
         DataError: A target exists and ``overwrite`` is false, or its folder cannot be written.
     """
+    # lexists, so that a broken link counts: the rename would replace it.
     existing = [target for target in targets if os.path.lexists(target)]
     if existing and not overwrite:
         names = ", ".join(str(target) for target in existing)
@@ -36,6 +37,7 @@ def check_writable(targets: list[Path], *, overwrite: bool, option: str) -> None
     for folder in sorted({target.parent for target in targets}):
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            # A file is really made: permission bits say nothing of root and of read-only disks.
             probe = folder / f".write-probe.{os.getpid()}.tmp"
             probe.touch()
             probe.unlink()
@@ -81,8 +83,20 @@ def published(target: Path) -> Iterator[BinaryIO]:
     try:
         with temporary.open("wb") as stream:
             yield stream
+            # Before the rename: some filesystems otherwise keep the new name and lose the bytes.
             sync_stream(stream)
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(target.parent)
+
+
+def publish_text(target: Path, text: str) -> None:
+    """Write a text file that appears under its name only when it is complete.
+
+    Args:
+        target: The final name; an existing file is replaced.
+        text: The contents, written as UTF-8.
+    """
+    with published(target) as stream:
+        stream.write(text.encode("utf-8"))

@@ -31,6 +31,7 @@ INDEX_HEADER = struct.Struct("<9sQBQQ")
 DTYPE_CODES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
 """Megatron's codes of the integer types; 6 and 7 are floats, which hold no token ids."""
 
+# 8 to 32 MB at a time.
 _CHUNK_TOKENS = 1 << 22
 _SAMPLE_TOKENS = 64
 _REMAKE = "make the shard again with `megatron-mup data preprocess --overwrite`"
@@ -174,6 +175,7 @@ def open_shard(prefix: Path, *, vocab_size: int | None = None) -> ShardInfo:
             f"{index.tokens} of {index.dtype}: the files are of different runs; {_REMAKE}"
         )
     if vocab_size is not None:
+        # Reading a large shard through takes minutes at every start; the manifest takes none.
         largest = manifest.largest_token_id if manifest else _largest_id(prefix, index.dtype)
         if largest >= vocab_size:
             raise DataError(
@@ -211,6 +213,8 @@ def inspect_shard(prefix: Path, *, tokenizer: Tokenizer | None = None) -> ShardS
             f"{tokenizer.sha256[:12]}... (SHA-256); pass the right --tokenizer-model"
         )
     index = _read_index(_file(prefix, ".idx"))
+    # A document may be several sequences (Megatron's --split-sentences), so boundaries count
+    # sequences and not tokens.
     starts = np.concatenate([[0], np.cumsum(index.lengths, dtype=np.int64)])
     document_tokens = np.diff(starts[index.boundaries])
     shown = _token_map(prefix, index.dtype)[: min(int(document_tokens[0]), _SAMPLE_TOKENS)]
@@ -256,6 +260,7 @@ def unigram_entropy(train_prefix: Path, valid_prefix: Path, vocab_size: int) -> 
             "SHA-256); preprocess both with one --tokenizer-model"
         )
     counts = np.zeros(vocab_size, dtype=np.int64)
+    # Counts and not probabilities are summed: the result is exact whatever the chunks.
     for chunk in _chunks(valid_prefix, valid.dtype):
         counts += np.bincount(chunk, minlength=vocab_size)
     shares = counts[counts > 0] / counts.sum()
@@ -266,6 +271,7 @@ def _file(prefix: Path, suffix: str) -> Path:
     path = Path(f"{prefix}{suffix}")
     if path.is_file():
         return path
+    # The commonest slip: a shell completes the file's name.
     if prefix.suffix in (".bin", ".idx"):
         raise DataError(f"no file {path}; pass the prefix without {prefix.suffix}")
     raise DataError(
@@ -277,6 +283,7 @@ def _file(prefix: Path, suffix: str) -> Path:
 def _check_size(bin_path: Path, index: _Index) -> None:
     expected = index.tokens * np.dtype(index.dtype).itemsize
     found = bin_path.stat().st_size
+    # Megatron maps the file without looking and would fail, or read past it, in mid-training.
     if found != expected:
         raise DataError(
             f"{bin_path}: expected {expected} bytes ({index.tokens} tokens of {index.dtype} by "
@@ -308,6 +315,7 @@ def _read_index(path: Path) -> _Index:
             f"{path}: expected {expected} bytes ({sequences} sequences, {boundary_count} "
             f"document boundaries), found {size}; copy it again or {_REMAKE}"
         )
+    # Mapped, not read: the index of a large corpus has gigabytes.
     raw = np.memmap(path, dtype=np.uint8, mode="r")[INDEX_HEADER.size :]
     lengths = raw[: 4 * sequences].view("<i4")
     pointers = raw[4 * sequences : 12 * sequences].view("<i8")
@@ -322,6 +330,7 @@ def _read_index(path: Path) -> _Index:
 
 def _is_consistent(index: _Index, pointers: NDArray[np.int64]) -> bool:
     lengths, boundaries = index.lengths, index.boundaries
+    # int64: a sum of int32 lengths overflows at 2^31 tokens.
     ends = np.cumsum(lengths, dtype=np.int64) * np.dtype(index.dtype).itemsize
     return bool(
         (lengths >= 0).all()
@@ -341,6 +350,7 @@ def _read_manifest(prefix: Path) -> ShardManifest | None:
     try:
         record = json.loads(path.read_bytes())
         types = {field.name: str(field.type) for field in dataclasses.fields(ShardManifest)}
+        # Exact types, because JSON would let true pass for 1 and 1.0 for a count.
         found = {name: type(value).__name__ for name, value in record.items()}
         if found != types | {"inputs": "list"} or record["format_version"] != 1:
             raise ValueError("not a record of format version 1")

@@ -87,6 +87,7 @@ class Tokenizer:
         Raises:
             DataError: An id is outside the vocabulary.
         """
+        # Asked here, because sentencepiece's own error does not say which id and what to do.
         outside = [token for token in ids if not 0 <= token < self.vocab_size]
         if outside:
             raise DataError(
@@ -137,6 +138,7 @@ def tokenizer_from_bytes(model: bytes, *, name: str = "<memory>") -> Tokenizer:
         DataError: The bytes are not a sentencepiece model, or it has no eos piece.
     """
     processor: Any = sentencepiece.SentencePieceProcessor()
+    # Damaged bytes raise or return False, by the kind of damage.
     try:
         loaded = processor.LoadFromSerializedProto(model)
     except RuntimeError:
@@ -164,6 +166,7 @@ def tokenizer_from_bytes(model: bytes, *, name: str = "<memory>") -> Tokenizer:
 
 def _space_symbol_ids(processor: Any) -> tuple[int, ...]:
     """Return the byte pieces that spell U+2581; nothing for a model without byte pieces."""
+    # The byte pieces' names are sentencepiece's own.
     pieces = (f"<0x{byte:02X}>" for byte in _SPACE_SYMBOL.encode("utf-8"))
     ids = tuple(int(processor.piece_to_id(piece)) for piece in pieces)
     return ids if all(processor.is_byte(token) for token in ids) else ()

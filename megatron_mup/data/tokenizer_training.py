@@ -135,13 +135,11 @@ def train_tokenizer(
     target = Path(f"{model_prefix}.model")
     check_writable([target], overwrite=overwrite, option="--model-prefix")
     sentences = _Sentences(inputs, json_key, options.held_out_fraction)
-    model = _train(sentences, options)
-    tokenizer = tokenizer_from_bytes(model, name=str(target))
-    documents, text_bytes, tokens = _measure(
-        tokenizer, read_documents(inputs, json_key=json_key), options.held_out_fraction
-    )
+    tokenizer = tokenizer_from_bytes(_train(sentences, options), name=str(target))
+    again = read_documents(inputs, json_key=json_key)
+    documents, text_bytes, tokens = _measure(tokenizer, again, options.held_out_fraction)
     with published(target) as stream:
-        stream.write(model)
+        stream.write(tokenizer.model)
     return TokenizerReport(
         model_path=target,
         vocab_size=tokenizer.vocab_size,
@@ -195,6 +193,7 @@ def _train(sentences: _Sentences, options: TokenizerOptions) -> bytes:
         model = _run_trainer(iter(sentences), options)
     except RuntimeError as error:
         failure = error
+    # First: the trainer's own failure is then only a consequence of the broken input.
     if sentences.error is not None:
         raise sentences.error
     if sentences.documents == 0:
@@ -247,6 +246,7 @@ def _measure(
     """Return the number of held-out documents, of their UTF-8 bytes and of their tokens."""
     count = text_bytes = tokens = 0
     for document in documents:
+        # Only text that the tokenizer has not seen says how it will do on new text.
         if not is_held_out(document.text, fraction):
             continue
         count += 1

@@ -101,6 +101,7 @@ CHOICES: dict[str, tuple[str, dict[str, str | None]]] = {
 }
 """Flag -> our option, and Megatron's values -> ours; None has no counterpart."""
 
+# Written into every translation, because leaving them out would silently mean our own defaults.
 DEFAULTS: dict[str, object] = {
     "model.norm_gain": "vector",
     "optimizer.adam_beta2": 0.999,
@@ -110,6 +111,18 @@ DEFAULTS: dict[str, object] = {
     "logging.log_interval": 100,
 }
 """What a Megatron run has without any flag, where our default is another."""
+
+WHEN_ABSENT = {
+    "calculate-per-token-loss": (
+        "Megatron averages the loss over each microbatch's tokens and then over microbatches, this "
+        "package divides by the batch's unmasked tokens; the same when no token is masked"
+    ),
+    "transformer-impl": (
+        "Megatron's default is transformer_engine, here it is local; set "
+        "model.transformer_impl=transformer_engine on a GPU that has it"
+    ),
+}
+"""Flag -> how a Megatron run without it differs from ours."""
 
 REQUIRED = {
     "model.num_layers": "--num-layers is not given",
@@ -124,6 +137,7 @@ REQUIRED = {
 }
 """Options without which no configuration loads."""
 
+# With another value the same flags are listed like any other.
 ALWAYS_SO: dict[str, tuple[tuple[str, ...], ...]] = {
     "calculate-per-token-loss": ((),),
     "ckpt-format": (("torch_dist",),),
@@ -137,6 +151,7 @@ ALWAYS_SO: dict[str, tuple[tuple[str, ...], ...]] = {
 """Flags whose value is what this package always does."""
 
 NO_COUNTERPART = "no counterpart; see docs/configuration.md for what can be set"
+# Ordered from the special to the general, as the patterns overlap.
 REASONS: tuple[tuple[str, str], ...] = (
     ("fp16", "only fp32 and training.bf16=true are available; fp32 is used"),
     (r"fp[48].*", "low-precision matrix products are not available"),

@@ -54,6 +54,7 @@ class Flags:
         values = self.given.pop(flag, None)
         if values is None:
             return None
+        # A list takes any number of words but none at all.
         if len(values) != {bool: 0, list: max(1, len(values))}.get(kind, 1):
             found = f"is followed by {values}" if values else "nothing follows"
             raise ConfigError(f"--{flag} takes {_EXPECTED[kind]}, but {found}")
@@ -83,6 +84,7 @@ class Flags:
 
 def _words(text: str) -> list[str]:
     """Split shell text; comments go first, because a continued line may end in one."""
+    # Only at a word's start, as in a shell: "a#b" is a value.
     without_comments = re.sub(r"(?m)(^|[ \t])#.*$", "", text)
     try:
         words = shlex.split(re.sub(r"\\\s*\n", " ", without_comments))
@@ -91,6 +93,7 @@ def _words(text: str) -> list[str]:
             f"the Megatron command line is not shell text ({error}); close its quotes"
         ) from error
     for word in words:
+        # Expanding it here would take this machine's environment for that of the original run.
         if "$" in word:
             raise ConfigError(
                 f"'{word}' holds a shell variable; write its value (print the expanded command "
@@ -106,6 +109,7 @@ def _group(words: list[str]) -> tuple[dict[str, list[str]], list[str]]:
         ConfigError: a word that belongs to no flag.
     """
     notes = []
+    # The last one: a launcher may itself be given a path that looks like a script.
     script = [number for number, word in enumerate(words) if re.search(r"pretrain_\w+\.py$", word)]
     if script:
         launcher, words = words[: script[-1] + 1], words[script[-1] + 1 :]

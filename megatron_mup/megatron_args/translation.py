@@ -25,6 +25,7 @@ from megatron_mup.megatron_args.flags import (
     NO_COUNTERPART,
     REASONS,
     REQUIRED,
+    WHEN_ABSENT,
 )
 from megatron_mup.megatron_args.reader import Flags
 
@@ -88,6 +89,10 @@ class _Translator:
 
     def translate_all(self) -> None:
         """Account for every flag; the order lets later steps read earlier results."""
+        for flag, difference in WHEN_ABSENT.items():
+            if flag not in self.flags.given:
+                self.notes.append(f"--{flag} is not given: {difference}")
+        # Taking a flag removes it, so that what is left at the end is exactly what nobody mapped.
         for flag, (key, kind) in DIRECT.items():
             value = self.flags.take(flag, kind)
             if value is not None:
@@ -142,12 +147,14 @@ class _Translator:
             if self._get("model.ffn_hidden_size") is None and hidden is not None:
                 # arguments.py:1287: two thirds of 4 M, cut to a multiple of 64.
                 self._set("model.ffn_hidden_size", int((4 * hidden * 2 / 3) / 64) * 64)
+        # Both are written out even when not asked for: Megatron's defaults are opposite to ours.
         self._set("model.add_bias_linear", not self.flags.take("disable-bias-linear", bool))
         untied = self.flags.take("untie-embeddings-and-output-weights", bool)
         self._set("model.untie_embeddings_and_output_weights", bool(untied))
         grouped = self.flags.take("group-query-attention", bool)
         groups = self.flags.take("num-query-groups", int)
         if grouped:
+            # Megatron's default is one group (MQA), ours one per head.
             self._set("model.num_query_groups", 1 if groups is None else groups)
         elif groups is not None:
             self.notes.append(
@@ -177,6 +184,7 @@ class _Translator:
             )
         for flag in ("hidden-dropout", "attention-dropout"):
             rate = self.flags.take(flag, float)
+            # An absent flag still means dropout in Megatron.
             rate = 0.1 if rate is None else rate
             if rate != 0.0:
                 self.notes.append(
@@ -207,6 +215,7 @@ class _Translator:
         samples = self.flags.take(flag, int)
         if samples is None:
             return
+        # 0 counts as not given, as in Megatron's own check.
         if self._get(key):
             raise ConfigError(f"--{flag} and {key.split('.')[1]} are both given; give one of them")
         self._iterations(flag, samples, key, round_down=False)
@@ -216,6 +225,7 @@ class _Translator:
         if not batch:
             self.notes.append(f"--{flag} {samples}: needs --global-batch-size; set {key} yourself")
             return
+        # Megatron cuts the length (training.py:1547); the other spans lose least when rounded.
         iterations = samples // batch if round_down else round(samples / batch)
         self._set(key, iterations)
         if samples % batch:
@@ -239,6 +249,7 @@ class _Translator:
                 continue
             if not 0 < value <= lr:
                 raise ConfigError(f"--{flag} {value:g} is not between 0 and --lr {lr:g}")
+            # One ratio for all groups keeps their rates in proportion; one rate would not.
             self._set(key, _tidy(value / lr))
         self._warmup_fraction()
         style, length = self._get("schedule.lr_decay_style"), "schedule.lr_wsd_decay_style"
@@ -289,6 +300,7 @@ class _Translator:
 
     def _parameterization(self) -> None:
         """Megatron's sigma initialization, and its muP where ``--use-mup`` is given."""
+        # With and without muP Megatron starts from init_method_std, which fan-in rules ignore.
         self._set("parameterization.init", "sigma")
         embedding_std = self._get("parameterization.embedding_init_method_std")
         if not self.flags.take("use-mup", bool):
@@ -301,6 +313,7 @@ class _Translator:
             )
         self._set("parameterization.name", "mup")
         self._set("parameterization.output_form", "multiplier")
+        # Megatron's optimizer overrides scale eps with the hidden learning rate.
         self._set("parameterization.eps_scaling", True)
         # Megatron divides every hidden LR by the one multiplier M / P.
         self._set("parameterization.ffn_out_lr_ratio", "width")
@@ -325,6 +338,7 @@ class _Translator:
         if base is not None and not (base >= 1 and base.is_integer()):
             raise ConfigError(f"--mup-base-head-dim {base:g} is not a whole number above 0")
         self._set("parameterization.base_kv_channels", head_dim if base is None else int(base))
+        # Its default is 1, muP's own exponent.
         if power in (None, 1.0):
             scale = "inverse" if base is None else "base_head_dim"
             self._set("parameterization.attention_scale", scale)
@@ -348,6 +362,7 @@ class _Translator:
             f"{section['base_ffn_hidden_size']} (width multiplier {multiplier:g}), "
             f"base_kv_channels {section['base_kv_channels']} and base_num_layers {layers}"
         )
+        # Otherwise the base attention width is the base hidden size, and heads need not be asked.
         if attention_width != self._get("model.hidden_size"):
             heads = max(1, round(attention_width / multiplier / section["base_kv_channels"]))
             section["base_num_attention_heads"] = heads

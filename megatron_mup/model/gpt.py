@@ -7,6 +7,7 @@ name here makes that move a change of this file.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as functional
@@ -34,6 +35,25 @@ ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
 }
 
 
+_ALWAYS: dict[str, Any] = {
+    # Initial weights are this package's own pass; upstream's drawing would be overwritten.
+    "perform_initialization": False,
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+    # The schedule then hands sum and token count through, and one division covers microbatches and
+    # data-parallel ranks with different numbers of unmasked tokens.
+    "calculate_per_token_loss": True,
+    # Most fused kernels need CUDA or apex, and the fused bias and GELU of 0.19.2 is the tanh
+    # approximation: another function.
+    "gradient_accumulation_fusion": False,
+    "masked_softmax_fusion": False,
+    "persist_layer_norm": False,
+    "bias_dropout_fusion": False,
+    "bias_activation_fusion": False,
+}
+"""Megatron's switches that no run changes."""
+
+
 def transformer_config(run: RunConfig, multipliers: Multipliers) -> TransformerConfig:
     """Megatron's model configuration of a run.
 
@@ -59,22 +79,14 @@ def transformer_config(run: RunConfig, multipliers: Multipliers) -> TransformerC
         normalization="RMSNorm",
         layernorm_epsilon=model.norm_epsilon,
         softmax_scale=multipliers.attention,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         pipeline_dtype=dtype,
         params_dtype=dtype,
         bf16=run.training.bf16,
-        perform_initialization=False,
-        use_cpu_initialization=not platform.has_cuda(),
-        calculate_per_token_loss=True,
-        gradient_accumulation_fusion=False,
-        masked_softmax_fusion=False,
-        persist_layer_norm=False,
         apply_rope_fusion=model.transformer_impl is TransformerImpl.TRANSFORMER_ENGINE,
-        bias_dropout_fusion=False,
-        bias_activation_fusion=False,
+        use_cpu_initialization=not platform.has_cuda(),
+        **_ALWAYS,
     )
 
 
@@ -127,6 +139,7 @@ def construct(
         _freeze_unused_gains(gpt, model.norm_gain)
     register_multipliers(gpt, multipliers)
     check_attention_scale(gpt, multipliers.attention)
+    # Our own norms are made on the CPU whatever the machine.
     return gpt.to(platform.device())
 
 
@@ -155,6 +168,7 @@ def check_attention_scale(gpt: torch.nn.Module, scale: float) -> None:
         ParameterizationError: a backend has another scale, or shows none.
     """
     for name, core in gpt.named_modules():
+        # Names and not classes: a spec may bring a core attention that this file has never seen.
         if not name.endswith(".core_attention"):
             continue
         scales = {

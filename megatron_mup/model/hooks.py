@@ -26,6 +26,7 @@ def register_multipliers(model: torch.nn.Module, multipliers: Multipliers) -> No
     embedding = getattr(model, "embedding", None)
     if embedding is not None and multipliers.embedding != 1.0:
         _multiply_output(embedding, multipliers.embedding)
+    # Scaling the readout's input leaves a tied matrix, and so the embedding's output, alone.
     output_layer = getattr(model, "output_layer", None)
     if output_layer is not None and multipliers.logit != 1.0:
         _multiply_input(output_layer, multipliers.logit)
@@ -40,6 +41,7 @@ def _multiply_output(module: torch.nn.Module, multiplier: float) -> None:
 
 def _multiply_input(module: torch.nn.Module, multiplier: float) -> None:
     def hook(_module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        # A tied weight arrives as a keyword argument, which such a hook neither sees nor drops.
         return (inputs[0] * multiplier, *inputs[1:])
 
     module.register_forward_pre_hook(hook)

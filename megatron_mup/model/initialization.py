@@ -107,17 +107,21 @@ def _fill(view: Tensor, row: TableRow, *, seed: int, shard: Shard) -> None:
     if tensor.role is Role.GAIN:
         view.fill_(1.0)
         return
+    # Streams are keyed by name, so that leaving this one undrawn moves no other value.
     if row.init_std == 0.0:
         view.zero_()
         return
+    # Row-parallel matrices are drawn by columns, their split axis, and written transposed.
     axis = tensor.partition_axis or 0
     length, width = tensor.shape[axis], tensor.shape[1 - axis]
     start, stop = shard.span(length) if tensor.partition_axis is not None else (0, length)
+    # flatten() of the interleaved query, key and value would be a copy, and the writing lost.
     matrix = view.flatten(0, -2) if view.is_contiguous() else None
     # Cut at block boundaries: a shard that starts inside a block draws no block twice.
     boundaries = range((start // BLOCK + 1) * BLOCK, stop, BLOCK)
     for low, high in itertools.pairwise((start, *boundaries, stop)):
         rows = draw_rows(seed=seed, name=tensor.name, length=length, width=width, span=(low, high))
+        # In place and block by block: the memory beyond the weights is one block's.
         rows *= np.float32(row.init_std)
         values = torch.from_numpy(rows)
         if axis == 1:

@@ -64,6 +64,7 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, hidden_SBM: Tensor) -> Tensor:
         """Normalize [S, B, M] over M; same shape and dtype."""
+        # With a vector gain this is the very call of torch.nn.RMSNorm, upstream's local norm.
         if self.gain is NormGain.VECTOR:
             return functional.rms_norm(hidden_SBM, (self.hidden_size,), self.weight, self.eps)
         normed_SBM = functional.rms_norm(hidden_SBM, (self.hidden_size,), None, self.eps)
@@ -102,6 +103,7 @@ class SdpaCoreAttention(MegatronModule):  # type: ignore[misc]  # untyped upstre
         packed_seq_params: Any = None,
     ) -> Tensor:
         """Attend causally from queries [S, B, H, D] to G key/value heads; returns [S, B, H * D]."""
+        # The mask is not read: causality is the kernel's, and no dropout is ever configured.
         query, key, value = (t.permute(1, 2, 0, 3) for t in (query_SBHD, key_SBGD, value_SBGD))
         context_BHSD = functional.scaled_dot_product_attention(
             query,
@@ -161,6 +163,7 @@ def layer_spec(model: ModelConfig, residual_multiplier: float) -> ModuleSpec:
         attention.core_attention = SdpaCoreAttention if sdpa else DotProductAttention
         if sdpa:
             _rotate_from_tables(spec.submodules.self_attention)
+        # Unlike TransformerEngine's, the local spec's norms are modules of their own.
         norm = norm_builder(model.norm_gain)
         spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = norm
     add = scaled_bias_dropout_add(residual_multiplier)
@@ -202,6 +205,7 @@ def block_spec(
     model: ModelConfig, config: TransformerConfig, residual_multiplier: float
 ) -> TransformerBlockSubmodules:
     """Spec of this pipeline stage's layers and of the final norm."""
+    # One spec object for all layers, so that they share its rotary tables.
     layers = [layer_spec(model, residual_multiplier)] * get_num_layers_to_build(config)
     if model.transformer_impl is TransformerImpl.TRANSFORMER_ENGINE:
         from megatron.core.extensions.transformer_engine import TENorm

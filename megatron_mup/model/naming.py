@@ -42,12 +42,15 @@ def canonical_names(model: torch.nn.Module) -> dict[str, str]:
     tied = bool(getattr(model, "share_embeddings_and_output_weights", False))
     names = {}
     for local, parameter in model.named_parameters():
+        # Frozen parameters take no part in training and need no rule.
         if parameter.requires_grad:
             names[local] = _canonical(model, local, tied=tied)
     return names
 
 
 def _canonical(model: torch.nn.Module, local: str, *, tied: bool) -> str:
+    # On the last pipeline stage the tied readout is a copy that Megatron keeps in step through a
+    # gradient all-reduce: it must start, and be trained, as the embedding is.
     if tied and local == _UNEMBEDDING:
         return _EMBEDDING
     match = _LAYER.match(local)

@@ -73,6 +73,7 @@ class RotaryTables:
 
     def cos_sin(self, angles_S11R: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosines and sines [S, 1, 1, R] of fp32 angles (radians), rounded to ``dtype``."""
+        # Upstream caches the angles per length (lru_cache of RotaryEmbedding.forward, 0.19.2).
         if angles_S11R is not self._angles:
             self._angles, self._tables = angles_S11R, {}
         if dtype not in self._tables:
@@ -108,6 +109,7 @@ class CachedRotarySelfAttention(SelfAttention):  # type: ignore[misc]  # untyped
             or kwargs.get("inference_context") is not None
             or kwargs.get("packed_seq_params") is not None
         )
+        # Upstream rotates only if it is given angles: those kept back here are applied below.
         self._angles = None if stock else rotary_pos_emb
         return super().forward(*args, rotary_pos_emb=rotary_pos_emb if stock else None, **kwargs)
 

@@ -51,6 +51,7 @@ def build_optimizer(
     Returns:
         A ``MegatronOptimizer``; its groups' LR and decay are set by ``apply_schedule``.
     """
+    # First of all: upstream's factory looks Lion up while it builds the groups.
     correct_optimizer_factory()
     numbers = run.optimizer.numbers
     overrides = config_overrides(
@@ -75,6 +76,7 @@ def apply_schedule(optimizer: Any, factor: float, *, weight_decay: float) -> Non
         factor: s(t).
         weight_decay: the configured lambda.
     """
+    # From the peak each time, not from the last value: a resumed run cannot accumulate rounding.
     for group in optimizer.param_groups:
         group["lr"] = factor * group["max_lr"]
         group["weight_decay"] = weight_decay * group["wd_mult"]

@@ -35,6 +35,7 @@ def _numbers(parameter: str, rows: tuple[TableRow, ...]) -> GroupNumbers:
     Raises:
         ParameterizationError: its logical tensors have different numbers.
     """
+    # No rule of ours gives query, key and value different numbers; one that did must fail here.
     numbers = {GroupNumbers(row.lr, row.weight_decay, row.eps) for row in rows}
     if len(numbers) != 1:
         raise ParameterizationError(
@@ -93,8 +94,10 @@ def config_overrides(
         override: Override = {
             "max_lr": numbers.lr,
             "min_lr": numbers.lr * min_lr_ratio,
+            # Upstream multiplies: a decay of 0 has no ratio, and any multiple of it is 0.
             "wd_mult": numbers.weight_decay / decay if decay else 0.0,
         }
+        # ParamGroupOverride (0.19.2) does not declare eps, but the optimizer's group takes it.
         if numbers.eps is not None:
             override["eps"] = numbers.eps
         overrides[ParamKey(with_name_predicate=_named(label, names))] = override
@@ -103,6 +106,7 @@ def config_overrides(
 
 def _named(label: str, names: frozenset[str]) -> ParamWithNamePredicate:
     """A predicate that matches exactly these local names, wrapped or not."""
+    # Upstream tells predicates apart by name alone (0.19.2), hence the numbers in the label.
     return ParamWithNamePredicate(
         name=label, fn=lambda _parameter, name: strip_wrappers(name) in names
     )

@@ -31,6 +31,7 @@ def schedule_factor(schedule: ScheduleConfig, step: int, *, decay_iters: int) ->
     if schedule.lr_decay_style is DecayStyle.CONSTANT:
         return 1.0
     floor = schedule.min_lr_ratio
+    # Training may go on after the decay: the floor holds.
     if step >= decay_iters:
         return floor
     return floor + (1.0 - floor) * _remaining(schedule, step, decay_iters)
@@ -48,6 +49,7 @@ def _remaining(schedule: ScheduleConfig, step: int, decay_iters: int) -> float:
 
 
 def _wsd_remaining(schedule: ScheduleConfig, step: int, decay_iters: int) -> float:
+    # The decay ends where the run's schedule ends, so its start moves with decay_iters.
     length = schedule.lr_wsd_decay_iters or 1
     if step <= decay_iters - length:
         return 1.0

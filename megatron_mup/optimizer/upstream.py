@@ -25,6 +25,7 @@ def _identify_groups_by_eps() -> None:
     """
     keys = (*optimizer.param_group_identifier_keys, "eps")
     optimizer.param_group_identifier_keys = keys
+    # The distributed optimizer imported the tuple by name: rebinding one module leaves the other.
     distrib_optimizer.param_group_identifier_keys = keys
 
 
@@ -41,6 +42,7 @@ def _register_lion() -> None:
 
 
 def _lion_arguments(config: Any, _model_chunks: Any, _groups: Any) -> dict[str, Any]:
+    # Groups carry their own peak LR; this one is only the default that a group would fall back to.
     return {
         "lr": config.lr,
         "betas": (config.lion_beta1, config.lion_beta2),

@@ -145,8 +145,9 @@ class ParameterizationConfig:
     eps_scaling: bool = False
     """Multiply Adam's eps by the tensor's learning-rate factor (L's use_eps_scaling)."""
 
-    ffn_out_lr_ratio: Ratio = Ratio.FAN_IN
-    """Ratio that divides ffn_out's LR: ``width`` is L's own rule, ``fan_in`` is ours."""
+    ffn_out_lr_ratio: Ratio | None = None
+    """Ratio that divides ffn_out's LR under ``mup``, and only there: ``width`` is L's own rule,
+    ``fan_in`` is ours; unset means ``fan_in``."""
 
     def __post_init__(self) -> None:
         """Refuse values that no rule can use.
@@ -161,12 +162,14 @@ class ParameterizationConfig:
                 raise ParameterizationError(
                     f"parameterization.{name} is {value}; it must be at least 1"
                 )
+        # A multiplier of 0 would cut its path off and leave the weights behind it without gradient.
         for name in ("embedding_multiplier", "residual_multiplier", "logit_multiplier"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ParameterizationError(
                     f"parameterization.{name} is {getattr(self, name)}; it must be positive and "
                     "finite"
                 )
+        # Zero starts have options of their own (q_init, r_init, u_init), which say what they zero.
         for name in ("init_method_std", "embedding_init_method_std"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
@@ -178,12 +181,14 @@ class ParameterizationConfig:
                 f"parameterization.residual_depth_exponent is {self.residual_depth_exponent}; it "
                 "must be finite"
             )
+        # NONE is for rows of the table whose LR is alpha; ffn_out has no such published rule.
         if self.ffn_out_lr_ratio is Ratio.NONE:
             raise ParameterizationError(
                 "parameterization.ffn_out_lr_ratio is 'none'; use 'width' or 'fan_in'"
             )
 
 
+# Sizes of the model that was tuned, each its own option: F, D and H need not follow M.
 BASE_SHAPE_OPTIONS = (
     "base_hidden_size",
     "base_ffn_hidden_size",

@@ -42,25 +42,26 @@ def refuse_without_rule(
     _require_base_shape(config, attention_scale)
     if config.name is Parameterization.SP:
         _refuse_for_sp(config)
-    elif shape.tied_embeddings and config.output_form is OutputForm.FOLDED:
+    if shape.tied_embeddings:
+        _refuse_for_tied(config, u_init)
+    if config.ffn_out_lr_ratio is not None and config.name is not Parameterization.MUP:
         raise ParameterizationError(
-            "tied embeddings cannot hold the folded output layer (its init and LR would "
-            "shrink the embedding too); set parameterization.output_form=multiplier"
+            f"ffn_out_lr_ratio={config.ffn_out_lr_ratio} chooses between two relative rules and "
+            f"has no effect under name={config.name}; leave parameterization.ffn_out_lr_ratio "
+            "unset or use name=mup"
         )
-    if shape.tied_embeddings and u_init is UnembeddingInit.ZERO:
+    divides = optimizer.weight_decay_mode is not DecayMode.COUPLED
+    if divides and optimizer.weight_decay > 0 and not optimizer.lr > 0:
         raise ParameterizationError(
-            "u_init=zero would zero the tied embedding; "
-            "set model.untie_embeddings_and_output_weights=true"
-        )
-    if optimizer.weight_decay_mode is not DecayMode.COUPLED and not optimizer.lr > 0:
-        raise ParameterizationError(
-            f"weight_decay_mode={optimizer.weight_decay_mode} divides by the peak LR, "
-            f"which is {optimizer.lr}; set optimizer.lr above 0 or use coupled"
+            f"weight_decay_mode={optimizer.weight_decay_mode} divides weight_decay "
+            f"{optimizer.weight_decay} by the peak LR, which is {optimizer.lr}; "
+            "set optimizer.lr above 0 or use coupled"
         )
 
 
 def _require_base_shape(config: ParameterizationConfig, attention_scale: AttentionScale) -> None:
     """Each rule that compares with the base model needs the sizes that it compares with."""
+    # The relative rule asks for all sizes at once: a later change of shape then needs no new ones.
     if config.name is Parameterization.MUP or (
         config.name is Parameterization.ABS_MUP
         and (config.init is InitScheme.SIGMA or config.output_form is OutputForm.MULTIPLIER)
@@ -92,7 +93,33 @@ def _refuse_for_sp(config: ParameterizationConfig) -> None:
         )
 
 
+def _refuse_for_tied(config: ParameterizationConfig, u_init: UnembeddingInit) -> None:
+    """A tied matrix has the embedding's init and LR; only some readouts can be made of it."""
+    untie = "set model.untie_embeddings_and_output_weights=true"
+    standard = config.name is Parameterization.SP
+    if not standard and config.output_form is OutputForm.FOLDED:
+        raise ParameterizationError(
+            "tied embeddings cannot hold the folded output layer (its init and LR would "
+            "shrink the embedding too); set parameterization.output_form=multiplier"
+        )
+    if u_init is UnembeddingInit.ZERO:
+        raise ParameterizationError(f"u_init=zero would zero the tied embedding; {untie}")
+    if standard and u_init is UnembeddingInit.MUP:
+        raise ParameterizationError(
+            "u_init=mup has no effect on a tied readout under sp, which is the embedding itself; "
+            f"leave parameterization.u_init unset or {untie}"
+        )
+    if not standard and u_init is UnembeddingInit.SP:
+        # E moves by LR alpha at every width: a factor M^-1/2 leaves sqrt(m) in the logits' change.
+        raise ParameterizationError(
+            f"u_init=sp has no rule for tied embeddings under {config.name}: the logits' factor "
+            "would shrink only as M^-1/2, so their change would grow as sqrt(M); leave "
+            f"parameterization.u_init unset or {untie}"
+        )
+
+
 def _require(config: ParameterizationConfig, *names: str) -> None:
+    # All missing names in one error, not one a run.
     missing = [name for name in names if getattr(config, name) is None]
     if missing:
         raise ParameterizationError(

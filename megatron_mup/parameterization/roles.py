@@ -106,6 +106,7 @@ def _tensor(
     parameter: str, role: Role, shape: tuple[int, ...], axis: int | None, part: Part = Part.WHOLE
 ) -> LogicalTensor:
     """Build one logical tensor; fan-in follows from the role and the global shape."""
+    # A one-hot input has V terms of which one counts: no rule divides by this fan-in.
     if role is Role.EMBEDDING:
         fan_in = shape[0]
     elif role in (Role.GAIN, Role.BIAS):
@@ -150,6 +151,7 @@ def _layer(shape: ModelShape, index: int) -> Iterator[LogicalTensor]:
     """Logical tensors of layer ``index`` (from 0, counted over all pipeline stages)."""
     prefix = f"decoder.layers.{index}"
     hidden, bias = shape.hidden_size, shape.add_bias_linear
+    # Fewer key heads (GQA, MQA) change the fan-out only; the rules read fan-in, which stays M.
     key_rows = shape.num_query_groups * shape.kv_channels
     yield from _gain(f"{prefix}.input_layernorm.weight", shape)
     qkv = [
@@ -160,9 +162,11 @@ def _layer(shape: ModelShape, index: int) -> Iterator[LogicalTensor]:
     yield from _fused(f"{prefix}.self_attention.linear_qkv", qkv, fan_in=hidden, bias=bias)
     out = f"{prefix}.self_attention.linear_proj"
     yield _tensor(f"{out}.weight", Role.ATTENTION_OUT, (hidden, shape.attention_width), 1)
+    # A row-parallel bias is replicated: it is added once, after the partial sums are reduced.
     if bias:
         yield _tensor(f"{out}.bias", Role.BIAS, (hidden,), None)
     yield from _gain(f"{prefix}.pre_mlp_layernorm.weight", shape)
+    # Gate and up are both ffn_in: each sums over M inputs, and their product is elementwise.
     parts = (Part.GATE, Part.UP) if shape.gated_linear_unit else (Part.WHOLE,)
     ffn_in = [(part, Role.FFN_IN, shape.ffn_hidden_size) for part in parts]
     yield from _fused(f"{prefix}.mlp.linear_fc1", ffn_in, fan_in=hidden, bias=bias)
@@ -181,6 +185,7 @@ def logical_tensors(shape: ModelShape) -> tuple[LogicalTensor, ...]:
     Returns:
         One entry per logical tensor. A tied model has no separate unembedding.
     """
+    # The padded vocabulary, which does not depend on the layout, so neither do the shapes.
     size = (shape.vocab_size, shape.hidden_size)
     tensors = [_tensor("embedding.word_embeddings.weight", Role.EMBEDDING, size, 0)]
     for index in range(shape.num_layers):
@@ -200,6 +205,7 @@ def by_parameter(tensors: tuple[LogicalTensor, ...]) -> dict[str, tuple[LogicalT
     grouped: dict[str, list[LogicalTensor]] = {}
     for tensor in tensors:
         siblings = grouped.setdefault(tensor.parameter, [])
+        # A part with two rows would be initialised twice and get one of two learning rates.
         if any(other.part is tensor.part for other in siblings):
             raise ParameterizationError(
                 f"two roles claim part '{tensor.part}' of parameter '{tensor.parameter}'"

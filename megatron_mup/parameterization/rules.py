@@ -6,7 +6,8 @@ the exponents in ``RULES`` and ``INIT``, and everywhere else is read from the re
 Notation: M hidden size, P base hidden size, m = M / P, F FFN width, D head dim, L layers,
 alpha = base peak LR, lambda = weight decay, r = a tensor's size ratio to its base.
 Sources: L = arXiv:2404.05728 (Table 2 and its code), K = arXiv:2510.19093, TP5 = arXiv:2203.03466,
-"ours" = derived in docs/parameterization.md. Must not import torch or megatron.
+"ours" = derived in docs/parameterization.md; ``sources`` says in words which of them a row follows.
+Must not import torch or megatron.
 """
 
 from __future__ import annotations
@@ -34,66 +35,51 @@ from megatron_mup.parameterization.roles import LogicalTensor, ModelShape, Role
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """One row: LR = alpha * r ** lr_exponent, with r the named ratio of that tensor."""
+    """One row: LR = alpha * r ** lr_exponent, with r the named ratio of that tensor.
+
+    ``citation`` names where the rule was published and ``published_ratio`` the ratio used there;
+    where ``ratio`` is another one, that choice is ours.
+    """
 
     ratio: Ratio
     lr_exponent: float
-    source: str
+    citation: str
+    published_ratio: Ratio
 
 
+def _flat(citation: str) -> Rule:
+    """LR alpha at every size."""
+    return Rule(ratio=Ratio.NONE, lr_exponent=0.0, citation=citation, published_ratio=Ratio.NONE)
+
+
+def _inverse(ratio: Ratio, citation: str, *, published: Ratio = Ratio.WIDTH) -> Rule:
+    """LR alpha / r."""
+    return Rule(ratio=ratio, lr_exponent=-1.0, citation=citation, published_ratio=published)
+
+
+_TABLE, _ABSOLUTE = "arXiv:2404.05728 Table 2", "arXiv:2404.05728 absolute rule"
 _VECTOR_LIKE = (Role.EMBEDDING, Role.GAIN, Role.BIAS)
-_HIDDEN_ROLES = (
-    Role.QUERY,
-    Role.KEY,
-    Role.VALUE,
-    Role.ATTENTION_OUT,
-    Role.FFN_IN,
-    Role.FFN_OUT,
-)
-
-
-def _rows(hidden: Rule, vector: Rule, unembedding: Rule) -> dict[Role, Rule]:
-    """Spread three kinds of rule over the roles."""
-    return {
-        **dict.fromkeys(_VECTOR_LIKE, vector),
-        **dict.fromkeys(_HIDDEN_ROLES, hidden),
-        Role.UNEMBEDDING: unembedding,
-    }
-
-
-_FLAT = Rule(ratio=Ratio.NONE, lr_exponent=0.0, source="arXiv:2404.05728 Table 2: LR alpha")
+_READS_WIDTH = (Role.QUERY, Role.KEY, Role.VALUE, Role.FFN_IN, Role.UNEMBEDDING)
+"""Roles whose fan-in is M in every model, so that the width and the fan-in ratio are one."""
 
 RULES: dict[Parameterization, dict[Role, Rule]] = {
-    Parameterization.SP: dict.fromkeys(
-        Role, Rule(ratio=Ratio.NONE, lr_exponent=0.0, source="arXiv:2404.05728: SP, LR alpha")
-    ),
-    Parameterization.MUP: _rows(
-        hidden=Rule(
-            ratio=Ratio.FAN_IN,
-            lr_exponent=-1.0,
-            source="arXiv:2404.05728 Table 2: var 1/fan_in, LR alpha P/M",
-        ),
-        vector=_FLAT,
-        unembedding=Rule(
-            ratio=Ratio.WIDTH,
-            lr_exponent=-1.0,
-            source="arXiv:2404.05728 Table 2: var 1/M^2, LR alpha P/M",
-        ),
-    ),
+    Parameterization.SP: dict.fromkeys(Role, _flat("arXiv:2404.05728 sp")),
+    Parameterization.MUP: {
+        **dict.fromkeys(_VECTOR_LIKE, _flat(_TABLE)),
+        **dict.fromkeys(_READS_WIDTH, _inverse(Ratio.WIDTH, _TABLE)),
+        # H D and F need not grow in step with M. What keeps an activation's change constant is the
+        # number of terms in its sum (TP5), so we divide by their own ratios where L takes M / P.
+        Role.ATTENTION_OUT: _inverse(Ratio.FAN_IN, _TABLE),
+        Role.FFN_OUT: _inverse(Ratio.FAN_IN, _TABLE),
+    },
     # The absolute rule is the relative one with every base size equal to 1.
-    Parameterization.ABS_MUP: _rows(
-        hidden=Rule(
-            ratio=Ratio.FAN_IN,
-            lr_exponent=-1.0,
-            source="arXiv:2404.05728: absolute rule, var 1/fan_in, LR alpha/fan_in",
-        ),
-        vector=_FLAT,
-        unembedding=Rule(
-            ratio=Ratio.WIDTH,
-            lr_exponent=-1.0,
-            source="arXiv:2404.05728: absolute rule, var 1/M^2, LR alpha/M",
-        ),
-    ),
+    Parameterization.ABS_MUP: {
+        **dict.fromkeys(_VECTOR_LIKE, _flat(_ABSOLUTE)),
+        **dict.fromkeys(_READS_WIDTH, _inverse(Ratio.WIDTH, _ABSOLUTE)),
+        Role.ATTENTION_OUT: _inverse(Ratio.FAN_IN, _ABSOLUTE),
+        # Unlike in its relative rule, L divides by F here.
+        Role.FFN_OUT: _inverse(Ratio.FAN_IN, _ABSOLUTE, published=Ratio.FAN_IN),
+    },
 }
 
 INIT_EXPONENT = -0.5
@@ -138,7 +124,6 @@ class TensorRule:
     weight_decay: float
     eps: float | None
     forward_mult: float
-    source: str
 
 
 class Rules:
@@ -197,15 +182,19 @@ class Rules:
             embedding=config.embedding_multiplier,
             attention=attention,
             residual=residual,
-            logit=config.logit_multiplier * self._logit_rule(),
+            logit=config.logit_multiplier * self.logit_rule,
         )
 
-    def _logit_rule(self) -> float:
+    @property
+    def logit_rule(self) -> float:
         """Width factor of the logits: 1/m in the multiplier form, 1 in the folded one.
 
-        A tied model reads out with the embedding's matrix; multiplied by the ratio of the two
-        stds it starts with the logits of the untied model (ours, docs/parameterization.md).
+        A tied muP model reads out with the embedding's matrix; multiplied by the ratio of the two
+        stds it starts with the logits of the untied model (ours, docs/parameterization.md). A tied
+        ``sp`` model has no hidden multiplier.
         """
+        if self.config.name is Parameterization.SP:
+            return 1.0
         if self.shape.tied_embeddings:
             return self._folded_unembedding_std() / self._embedding_std()
         if self.config.output_form is OutputForm.MULTIPLIER:
@@ -213,19 +202,31 @@ class Rules:
         return 1.0
 
     def base_fan_in(self, tensor: LogicalTensor) -> float:
-        """Fan-in of the same tensor in the base model; its own where there is no base.
+        """Fan-in of the same tensor in the base model; its own where no rule compares the two.
 
         Raises:
             ParameterizationError: the base attention width is ambiguous.
         """
         config = self.config
-        if tensor.role in _VECTOR_LIKE or config.base_hidden_size is None:
+        if config.base_hidden_size is None or not self._compares_with_base(tensor.role):
             return tensor.fan_in
         if tensor.role is Role.FFN_OUT:
             return config.base_ffn_hidden_size or tensor.fan_in
         if tensor.role is Role.ATTENTION_OUT:
             return self._base_attention_width()
         return config.base_hidden_size
+
+    def _compares_with_base(self, role: Role) -> bool:
+        """Whether LR, init or output form of a role refers to the base model."""
+        config = self.config
+        if role in _VECTOR_LIKE or config.name is Parameterization.SP:
+            return False
+        # The absolute LR has base 1: only sigma and the multiplier form bring a base model in.
+        return (
+            config.name is Parameterization.MUP
+            or config.init is InitScheme.SIGMA
+            or (role is Role.UNEMBEDDING and config.output_form is OutputForm.MULTIPLIER)
+        )
 
     def _base_attention_width(self) -> float:
         config, shape = self.config, self.shape
@@ -239,7 +240,7 @@ class Rules:
             )
         return config.base_hidden_size
 
-    def _ratio(self, tensor: LogicalTensor, ratio: Ratio) -> float:
+    def size_ratio(self, tensor: LogicalTensor, ratio: Ratio) -> float:
         """The named size ratio of one tensor to its base; absolute rules have base 1."""
         absolute = self.config.name is Parameterization.ABS_MUP
         if ratio is Ratio.NONE:
@@ -260,7 +261,7 @@ class Rules:
         """Which ratio the LR of a role uses under these options."""
         rule = RULES[self.config.name][role]
         if role is Role.FFN_OUT and self.config.name is Parameterization.MUP:
-            return self.config.ffn_out_lr_ratio
+            return self.config.ffn_out_lr_ratio or rule.ratio
         return rule.ratio
 
     def _embedding_std(self) -> float:
@@ -294,12 +295,16 @@ class Rules:
         else:
             ratio = tensor.fan_in / self.base_fan_in(tensor)
             std = config.init_method_std * ratio**INIT_EXPONENT
-        scale = config.scale_residual_init
-        if scale is None:
-            scale = config.init is InitScheme.SIGMA
-        if residual and scale:
+        if self.scales_by_depth(role):
             std /= (2.0 * self.shape.num_layers) ** 0.5
         return float(std)
+
+    def scales_by_depth(self, role: Role) -> bool:
+        """Whether the std of a role is divided by sqrt(2L)."""
+        if role not in (Role.ATTENTION_OUT, Role.FFN_OUT):
+            return False
+        scale = self.config.scale_residual_init
+        return self.config.init is InitScheme.SIGMA if scale is None else scale
 
     def _init_std(self, tensor: LogicalTensor) -> float:
         if tensor.role in (Role.GAIN, Role.BIAS):
@@ -322,25 +327,21 @@ class Rules:
             tensor: logical tensor with its global shape.
 
         Returns:
-            Its init std, peak LR, weight decay (the value that the LR multiplies), eps, forward
-            multiplier and source.
+            Its init std, peak LR, weight decay (the value that the LR multiplies), eps and forward
+            multiplier.
         """
         rule = RULES[self.config.name][tensor.role]
-        factor = self._ratio(tensor, self.ratio_used(tensor.role)) ** rule.lr_exponent
+        factor = self.size_ratio(tensor, self.ratio_used(tensor.role)) ** rule.lr_exponent
         lr, eps = self.optimizer.lr * factor, self.optimizer.eps
         if eps is not None and self.config.eps_scaling:
             eps *= factor
         decay = group_weight_decay(self.optimizer, lr=lr, is_matrix=len(tensor.shape) > 1)
-        source = rule.source
         if tensor.role is Role.UNEMBEDDING and self.config.output_form is OutputForm.MULTIPLIER:
             # W = m W': the same function needs LR * m, and eps and coupled decay / m (ours).
             unfold = self._unfold()
             lr *= unfold
             decay /= unfold
             eps = None if eps is None else eps / unfold
-            source += "; multiplier form, eps and decay converted (ours)"
-        elif tensor.role is Role.EMBEDDING and self.shape.tied_embeddings:
-            source += f"; tied, logits times {self.multipliers.logit:g} (ours)"
         return TensorRule(
             base_fan_in=self.base_fan_in(tensor),
             init_std=self._init_std(tensor),
@@ -348,7 +349,6 @@ class Rules:
             weight_decay=decay,
             eps=eps,
             forward_mult=self._forward_mult(tensor.role),
-            source=source,
         )
 
     def _forward_mult(self, role: Role) -> float:
@@ -374,7 +374,9 @@ def group_weight_decay(optimizer: OptimizerNumbers, *, lr: float, is_matrix: boo
         lr: peak LR of the tensor.
         is_matrix: whether the tensor has two axes.
     """
-    if optimizer.weight_decay_mask is DecayMask.MATRICES and not is_matrix:
+    # Without decay nothing is divided by an LR that may be 0.
+    spared = optimizer.weight_decay_mask is DecayMask.MATRICES and not is_matrix
+    if spared or optimizer.weight_decay == 0:
         return 0.0
     if optimizer.weight_decay_mode is DecayMode.COUPLED:
         return optimizer.weight_decay

@@ -11,8 +11,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_mup.parameterization.options import OptimizerNumbers, ParameterizationConfig
-from megatron_mup.parameterization.roles import LogicalTensor, ModelShape, logical_tensors
+from megatron_mup.parameterization.roles import (
+    LogicalTensor,
+    ModelShape,
+    by_parameter,
+    logical_tensors,
+)
 from megatron_mup.parameterization.rules import Multipliers, Rules
+from megatron_mup.parameterization.sources import row_source
 
 JsonRow = dict[str, str | float | list[int] | None]
 
@@ -30,6 +36,10 @@ JSON_KEYS = (
     "forward_mult",
     "source",
 )
+
+
+NUMBER_KEYS = tuple(key for key in JSON_KEYS if key != "source")
+"""Columns that two runs are compared by; the source is an explanation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,11 +93,18 @@ class ParameterTable:
         return [row.to_json() for row in self.rows]
 
     def by_parameter(self) -> dict[str, tuple[TableRow, ...]]:
-        """Rows grouped by the Megatron parameter that holds them."""
-        grouped: dict[str, list[TableRow]] = {}
-        for row in self.rows:
-            grouped.setdefault(row.tensor.parameter, []).append(row)
-        return {name: tuple(rows) for name, rows in grouped.items()}
+        """Rows grouped by the Megatron parameter that holds them.
+
+        Raises:
+            ParameterizationError: two rows claim the same part of one parameter.
+        """
+        # The order of parts is that of the forward pass: query, key, value; gate, up.
+        tensors = by_parameter(tuple(row.tensor for row in self.rows))
+        rows = {row.tensor.name: row for row in self.rows}
+        return {
+            parameter: tuple(rows[tensor.name] for tensor in parts)
+            for parameter, parts in tensors.items()
+        }
 
 
 def resolve(
@@ -106,6 +123,7 @@ def resolve(
     Raises:
         ParameterizationError: no base shape under muP, or a combination without a rule.
     """
+    # Cheap and pure: every reader resolves anew instead of keeping a copy that could go stale.
     rules = Rules(shape, config, optimizer)
     rows = []
     for tensor in logical_tensors(shape):
@@ -119,7 +137,7 @@ def resolve(
                 weight_decay=values.weight_decay,
                 eps=values.eps,
                 forward_mult=values.forward_mult,
-                source=values.source,
+                source=row_source(rules, tensor),
             )
         )
     return ParameterTable(rows=tuple(rows), multipliers=rules.multipliers)
@@ -129,7 +147,7 @@ def difference(
     saved: Sequence[Mapping[str, object]],
     current: Sequence[Mapping[str, object]],
     *,
-    keys: Sequence[str] = JSON_KEYS,
+    keys: Sequence[str] = NUMBER_KEYS,
     limit: int = 12,
 ) -> list[str]:
     """Lines that name every number in which two tables differ.
@@ -143,6 +161,7 @@ def difference(
     Returns:
         Human-readable lines, empty when the tables agree (to 12 significant digits).
     """
+    # Compared by name: a checkpoint of other depth must name its layers, not shift all rows.
     saved_rows = {str(row["name"]): row for row in saved}
     current_rows = {str(row["name"]): row for row in current}
     lines = [f"{name}: only in the checkpoint" for name in saved_rows if name not in current_rows]
@@ -157,6 +176,7 @@ def difference(
 
 
 def _same(left: object, right: object) -> bool:
+    # JSON keeps floats exactly; the slack is for powers computed by another C library.
     if isinstance(left, int | float) and isinstance(right, int | float):
         return math.isclose(left, right, rel_tol=1e-12)
     return left == right

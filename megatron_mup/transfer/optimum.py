@@ -41,6 +41,7 @@ def find_optimum(log2_lrs: Sequence[float], losses: Sequence[float]) -> Optimum 
     if not finite:
         return None
     best = min(finite, key=lambda index: losses[index])
+    # A diverged neighbour bounds the optimum as the grid's end does: the loss beside it is unknown.
     neighbours = (best - 1, best + 1)
     if not all(index in finite for index in neighbours):
         return Optimum(log2_lrs[best], losses[best], at_edge=True)
@@ -52,6 +53,7 @@ def _vertex(xs: Sequence[float], ys: Sequence[float], best: int) -> float:
     left, right = xs[best] - xs[best - 1], xs[best + 1] - xs[best]
     rise_left, rise_right = ys[best - 1] - ys[best], ys[best + 1] - ys[best]
     curvature = rise_left * right + rise_right * left
+    # Three equal losses: every point is a minimum, and the grid's own is as good as another.
     if curvature == 0.0:
         return xs[best]
     return xs[best] + 0.5 * (rise_left * right**2 - rise_right * left**2) / curvature

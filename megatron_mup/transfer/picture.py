@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_mup.data.publication import published
 from megatron_mup.transfer.optimum import Optimum, find_optimum
 from megatron_mup.transfer.records import Record
 
@@ -37,6 +38,7 @@ def curves_of(records: Sequence[Record]) -> dict[str, list[Curve]]:
         grouped.setdefault((record.cell.parameterization, record.cell.width), []).append(record)
     curves: dict[str, list[Curve]] = {}
     for (name, width), rows in sorted(grouped.items()):
+        # Records come in the order in which runs ended.
         rows = sorted(rows, key=lambda row: row.cell.log2_lr)
         curve = Curve(
             name,
@@ -84,6 +86,7 @@ def _sentence(name: str, curves: list[Curve]) -> str:
     widths = f"from width {first.width} to {last.width}"
     if start is None or end is None:
         return f"{name}: no optimum {widths}; too many runs diverged."
+    # An edge is only a bound on the optimum, and the difference of two bounds says nothing.
     if start.at_edge or end.at_edge:
         return f"{name}: the shift {widths} cannot be told; a minimum is at the grid's edge."
     return f"{name}: the optimum moved {end.log2_lr - start.log2_lr:+.2f} octaves {widths}."
@@ -96,8 +99,9 @@ def draw(curves: dict[str, list[Curve]], entropy: float, path: Path, *, caption:
         curves: from ``curves_of``.
         entropy: unigram entropy of the held-out text, nats per token.
         path: PNG to write.
-        caption: one line below the panels (data, steps, seed).
+        caption: small print below the panels (data, steps, seed).
     """
+    # Imported late, because it takes a second; Agg draws without a display.
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -108,6 +112,7 @@ def draw(curves: dict[str, list[Curve]], entropy: float, path: Path, *, caption:
         1,
         len(names),
         figsize=(5.2 * len(names), 4.6),
+        # One axis for both panels: the losses of muP and SP are to be compared as well.
         sharey=True,
         squeeze=False,
         layout="constrained",
@@ -118,17 +123,20 @@ def draw(curves: dict[str, list[Curve]], entropy: float, path: Path, *, caption:
     axes[0][0].set_ylabel("held-out loss (nats per token)")
     axes[0][0].legend(frameon=False, loc="best")
     figure.supxlabel(caption, fontsize=7.5, color="0.4")
-    temporary = path.with_name(path.name + ".tmp")
-    figure.savefig(temporary, dpi=160, format="png")
-    temporary.replace(path)
+    with published(path) as stream:
+        figure.savefig(stream, dpi=160, format="png")
+    # pyplot keeps every figure that is not closed.
     plt.close(figure)
 
 
 def _top(curves: dict[str, list[Curve]], entropy: float) -> float:
     """Upper end of the loss axis: a little above the unigram entropy."""
-    lowest = min(
+    # Losses beyond it have learned nothing; they would squeeze the curves into a corner.
+    finite = [
         loss for row in curves.values() for c in row for loss in c.losses if math.isfinite(loss)
-    )
+    ]
+    # Without a finite loss the axis still has to hold the entropy's line and the crosses.
+    lowest = min(finite, default=0.0)
     return entropy + 0.12 * (entropy - lowest) if lowest < entropy else lowest * 1.2
 
 
@@ -138,12 +146,15 @@ def _panel(axis: Any, name: str, curves: list[Curve], entropy: float, top: float
 
     colors = mpl.colormaps["viridis"]
     for index, curve in enumerate(curves):
+        # Viridis ends in a yellow that white paper swallows, so its last part is left out.
         color = colors(0.85 - 0.75 * index / max(1, len(curves) - 1))
         shown = [min(loss, top) if math.isfinite(loss) else math.nan for loss in curve.losses]
         axis.plot(curve.log2_lrs, shown, "o-", ms=4, color=color, label=f"width {curve.width}")
+        # "not <" and not ">=": nan, a diverged run, is to get its cross.
         failed = [x for x, loss in zip(curve.log2_lrs, curve.losses, strict=True) if not loss < top]
         if failed:
             marks = axis.plot(failed, [top] * len(failed), "x", ms=7, color=color, clip_on=False)
+            # The crosses sit on the frame; counted in, they would shrink the panel.
             marks[0].set_in_layout(False)
         best = curve.optimum
         if best is not None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from megatron_mup.data.corpus import write_corpus
 from megatron_mup.data.documents import check_inputs, read_documents
 from megatron_mup.data.preprocess import PreprocessOptions, preprocess
-from megatron_mup.data.publication import published
+from megatron_mup.data.publication import publish_text, published
 from megatron_mup.data.shards import open_shard
 from megatron_mup.data.tokenizer import load_tokenizer
 from megatron_mup.data.tokenizer_training import TokenizerOptions, train_tokenizer
@@ -55,7 +55,7 @@ def make_shards(
         options = TokenizerOptions(vocab_size=vocab_size)
         report = train_tokenizer([corpus], model.with_suffix(""), options=options)
         echo(f"tokenizer: {report.vocab_size} ids in {model}")
-    # The index of the held-out shard is published last.
+    # Published last: where it is, all is; what an interruption left behind is overwritten.
     if not (folder / "text_valid.idx").exists():
         shard_options = PreprocessOptions(valid_fraction=VALID_FRACTION, overwrite=True)
         tokenizer = load_tokenizer(model)
@@ -79,6 +79,7 @@ def _check_source(folder: Path, text: Sequence[Path]) -> None:
     """One folder belongs to one text: records of different texts cannot be compared."""
     if text:
         check_inputs(text)
+    # Absolute: the same relative name in another working folder is another text.
     source = json.dumps([str(path.resolve()) for path in text])
     note = folder / "source.json"
     if note.exists() and note.read_text(encoding="utf-8") != source:
@@ -86,7 +87,7 @@ def _check_source(folder: Path, text: Sequence[Path]) -> None:
             f"{folder} was made from another text ({note.read_text(encoding='utf-8')}); choose "
             "another --out folder or delete this one"
         )
-    note.write_text(source, encoding="utf-8")
+    publish_text(note, source)
 
 
 def _write_text(corpus: Path, text: Sequence[Path], corpus_bytes: int) -> int:
@@ -96,6 +97,7 @@ def _write_text(corpus: Path, text: Sequence[Path], corpus_bytes: int) -> int:
     count = 0
     with published(corpus) as stream:
         for document in read_documents(text):
+            # One book is one document, of which nothing or everything would be held out.
             for piece in cut_text(document.text):
                 record = json.dumps({"text": piece}, ensure_ascii=False)
                 stream.write(record.encode("utf-8") + b"\n")

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import csv
 import os
-import subprocess
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from megatron_mup import __version__
 from megatron_mup.errors import DataError
 
 
@@ -46,6 +44,8 @@ class Record:
     commit: str
 
 
+# Written out and not derived from the classes: the file is a format, and a renamed attribute must
+# not change it unnoticed.
 _COLUMNS = (
     "parameterization",
     "width",
@@ -69,9 +69,11 @@ def append_record(path: Path, record: Record) -> None:
     """
     values = asdict(record)
     row = {**values.pop("cell"), **values}
+    # An empty file counts as absent: its header was lost with an interrupted first write.
     exists = path.exists() and path.stat().st_size > 0
     with path.open("a+b") as raw:
         if exists:
+            # The cut row stays as a line of its own, which reading drops.
             raw.seek(-1, os.SEEK_END)
             if raw.read(1) != b"\n":
                 raw.write(b"\n")
@@ -81,6 +83,7 @@ def append_record(path: Path, record: Record) -> None:
             writer.writeheader()
         writer.writerow(row)
         file.flush()
+        # A row is minutes of training; a power cut must not take it.
         os.fsync(file.fileno())
 
 
@@ -119,20 +122,3 @@ def _parse(row: Mapping[str, str]) -> Record:
         seconds=float(row["seconds"]),
         commit=row["commit"],
     )
-
-
-def revision() -> str:
-    """Version and, in a checkout, commit of this package (``+`` marks local changes)."""
-    folder = Path(__file__).parent
-    try:
-        found = subprocess.run(
-            ["git", "describe", "--always", "--dirty=+"],
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=10,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return __version__
-    return f"{__version__}-{found.stdout.strip()}"

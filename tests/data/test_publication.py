@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mup.data.publication import check_writable, published
+from megatron_mup.data.publication import check_writable, publish_text, published
 from megatron_mup.errors import DataError
 
 
@@ -30,6 +30,14 @@ def test_a_failure_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
         fail_half_way()
     assert target.read_bytes() == b"old"
     assert [path.name for path in tmp_path.iterdir()] == ["out.bin"]
+
+
+def test_text_replaces_the_old_file_at_once(tmp_path: Path) -> None:
+    target = tmp_path / "page.md"
+    target.write_text("old and longer")
+    publish_text(target, "n\u00e9w\n")
+    assert target.read_bytes() == b"n\xc3\xa9w\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["page.md"]
 
 
 def test_existing_output_needs_overwrite(tmp_path: Path) -> None:

@@ -28,18 +28,26 @@ class ShardedStage(torch.nn.Module):
         shape: global shape.
         size: tensor-parallel size.
         layers: global layer indices from 0.
-        ends: whether embedding, final norm and readout are here as well.
+        embedding: whether the embedding is here.
+        readout: whether the readout is here.
     """
 
     def __init__(
-        self, shape: ModelShape, size: int, layers: Sequence[int], *, ends: bool = True
+        self,
+        shape: ModelShape,
+        size: int,
+        layers: Sequence[int],
+        *,
+        embedding: bool = True,
+        readout: bool = True,
     ) -> None:
         super().__init__()
         self.share_embeddings_and_output_weights = shape.tied_embeddings
         hidden = shape.hidden_size
-        if ends:
-            vocabulary = (shape.vocab_size // size, hidden)
+        vocabulary = (shape.vocab_size // size, hidden)
+        if embedding:
             self._add("embedding.word_embeddings.weight", vocabulary)
+        if readout:
             self._add("output_layer.weight", vocabulary)
         for local, index in enumerate(layers):
             self._add_layer(f"decoder.layers.{local}", Layer(index + 1))

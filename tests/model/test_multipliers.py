@@ -5,6 +5,7 @@ Small model: M = 64, 4 heads of 16, 2 layers; each test watches activations betw
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -181,7 +182,11 @@ def test_the_bias_dropout_add_of_one_is_megatrons_own() -> None:
 
 
 @pytest.mark.parametrize("multiplier", [1.0, 0.5])
-def test_the_transformer_engine_spec_names_the_missing_package(multiplier: float) -> None:
+def test_the_transformer_engine_spec_names_the_missing_package(
+    multiplier: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Absent here even where it is installed.
+    monkeypatch.setitem(sys.modules, "transformer_engine", None)
     model = tiny("transformer_impl=transformer_engine").model
     with pytest.raises(InstallationError, match=r"pip install 'megatron_mup\[gpu\]'"):
         layer_spec(model, multiplier)

@@ -42,9 +42,13 @@ def test_attention_scale(overrides: tuple[str, ...], expected: float) -> None:
         # 0.005 over 0.02.
         ((*_TIED, "init=sigma"), 0.25),
         ((*_TIED, "init=sigma", "embedding_init_method_std=0.04"), 0.125),
-        ((*_TIED, "u_init=sp"), 0.08838834764831845),
-        ((_TIED[0], "name=sp"), 0.08838834764831845),
+        ((*_TIED, "name=abs_mup"), 0.0078125),
+        # Standard tying: nothing is scaled, whatever the embedding's std.
+        ((_TIED[0], "name=sp"), 1.0),
+        ((_TIED[0], "name=sp", "u_init=sp"), 1.0),
         ((_TIED[0], "name=sp", "init=sigma"), 1.0),
+        ((_TIED[0], "name=sp", "init=sigma", "embedding_init_method_std=0.04"), 1.0),
+        ((_TIED[0], "name=sp", "logit_multiplier=0.5"), 0.5),
     ],
 )
 def test_logit_multiplier(overrides: tuple[str, ...], expected: float) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from megatron_mup.config_io import config_from_dict
@@ -10,7 +12,7 @@ from megatron_mup.parameterization.options import DecayMask, DecayMode, Optimize
 from megatron_mup.parameterization.roles import Part, by_parameter, logical_tensors
 from megatron_mup.parameterization.rules import group_weight_decay
 from tests.configurations import TINY
-from tests.parameterization.table_rows import wide
+from tests.parameterization.table_rows import rows_by_role, wide
 
 _TIED = "untie_embeddings_and_output_weights=false"
 
@@ -21,11 +23,25 @@ _TIED = "untie_embeddings_and_output_weights=false"
         ((_TIED,), "output_form=multiplier"),
         ((_TIED, "name=abs_mup"), "output_form=multiplier"),
         ((_TIED, "output_form=multiplier", "u_init=zero"), "untie_embeddings_and_output_weights"),
+        ((_TIED, "output_form=multiplier", "u_init=sp"), "untie_embeddings_and_output_weights"),
+        (
+            (_TIED, "output_form=multiplier", "u_init=sp", "name=abs_mup", "init=sigma"),
+            "change would grow as sqrt",
+        ),
+        ((_TIED, "name=sp", "u_init=zero"), "untie_embeddings_and_output_weights"),
+        ((_TIED, "name=sp", "u_init=mup"), "leave parameterization.u_init unset"),
         (("name=sp", "output_form=multiplier"), "output_form at folded"),
         (("name=sp", "init=sigma", "u_init=mup"), "u_init=sp"),
         (("num_attention_heads=4", "kv_channels=16"), "base_num_attention_heads"),
-        (("lr=0.0", "weight_decay_mode=independent"), "optimizer.lr"),
-        (("lr=0.0", "weight_decay_mode=constant_product"), "optimizer.lr"),
+        (("lr=0.0", "weight_decay=0.1", "weight_decay_mode=independent"), "optimizer.lr"),
+        (("lr=0.0", "weight_decay=0.1", "weight_decay_mode=constant_product"), "optimizer.lr"),
+        (("name=abs_mup", "ffn_out_lr_ratio=width"), "ffn_out_lr_ratio unset or use name=mup"),
+        (("name=abs_mup", "ffn_out_lr_ratio=fan_in"), "ffn_out_lr_ratio unset or use name=mup"),
+        (("name=sp", "ffn_out_lr_ratio=width"), "ffn_out_lr_ratio unset or use name=mup"),
+        (
+            ("name=abs_mup", "init=sigma", "num_attention_heads=4", "kv_channels=16"),
+            "base_num_attention_heads",
+        ),
         (("ffn_out_lr_ratio=none",), "'width' or 'fan_in'"),
         (("base_hidden_size=0",), "at least 1"),
         (("residual_multiplier=0.0",), "positive"),
@@ -75,6 +91,43 @@ def test_two_roles_cannot_claim_one_part_of_a_parameter() -> None:
     tensors = logical_tensors(wide().model.shape)
     with pytest.raises(ParameterizationError, match="two roles claim"):
         by_parameter((*tensors, tensors[0]))
+    table = wide().table
+    doubled = dataclasses.replace(table, rows=(*table.rows, table.rows[1]))
+    with pytest.raises(ParameterizationError, match="two roles claim part 'query'"):
+        doubled.by_parameter()
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("name=sp",),
+        ("name=sp", "init=sigma"),
+        ("name=abs_mup",),
+        ("name=abs_mup", "output_form=multiplier"),
+    ],
+)
+def test_base_heads_are_asked_for_only_where_the_base_attention_width_is_used(
+    overrides: tuple[str, ...],
+) -> None:
+    # H D = 64 in a model of width 128.
+    rows = rows_by_role(wide("num_attention_heads=4", "kv_channels=16", *overrides))
+    assert (rows["attention_out"].tensor.fan_in, rows["attention_out"].base_fan_in) == (64, 64)
+
+
+def test_rows_without_a_base_print_their_own_fan_in() -> None:
+    assert {r.base_fan_in for r in wide("name=sp").table.rows} == {96, 128, 512}
+    absolute = rows_by_role(wide("name=abs_mup"))
+    assert (absolute["query"].base_fan_in, absolute["unembedding"].base_fan_in) == (128, 128)
+    unfolded = rows_by_role(wide("name=abs_mup", "output_form=multiplier"))
+    assert (unfolded["query"].base_fan_in, unfolded["unembedding"].base_fan_in) == (128, 32)
+    sigma = rows_by_role(wide("name=abs_mup", "init=sigma"))
+    assert (sigma["query"].base_fan_in, sigma["ffn_out"].base_fan_in) == (32, 128)
+
+
+@pytest.mark.parametrize("mode", ["independent", "constant_product"])
+def test_a_learning_rate_of_zero_without_decay_is_allowed(mode: str) -> None:
+    rows = wide("lr=0.0", "weight_decay=0.0", f"weight_decay_mode={mode}").table.rows
+    assert {(row.lr, row.weight_decay) for row in rows} == {(0.0, 0.0)}
 
 
 def test_no_decay_is_divided_by_a_learning_rate_it_does_not_need() -> None:

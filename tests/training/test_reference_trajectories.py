@@ -43,7 +43,6 @@ _BASE: dict[str, dict[str, Any]] = {
         "base_ffn_hidden_size": 128,
         "base_kv_channels": 32,
         "base_num_layers": 2,
-        "ffn_out_lr_ratio": "width",
     },
     "optimizer": {"lr": 2.0**-6, "weight_decay_mask": "all", "weight_decay_mode": "coupled"},
     "schedule": {"lr_warmup_iters": 5, "lr_warmup_init_ratio": 1e-4, "min_lr_ratio": 1e-4},
@@ -63,7 +62,8 @@ CHANGES: dict[str, list[str]] = {
     "wd_coupled": ["weight_decay=0.1"],
     "uinit": ["u_init=sp"],
     "gains_vector": ["norm_gain=vector"],
-    "swiglu": ["activation=swiglu", "ffn_multiplier=2.67"],
+    # The paper's ratio; the other relative runs have F = 4 M, where both ratios are 4.
+    "swiglu": ["activation=swiglu", "ffn_multiplier=2.67", "ffn_out_lr_ratio=width"],
     "mqa": ["num_query_groups=1", "ffn_multiplier=5", "base_ffn_hidden_size=160"],
     "baseline_abs": ["name=abs_mup", "lr=1.0"],
     "lion_abs": ["name=abs_mup", "lr=0.125", "optimizer.optimizer=lion"],

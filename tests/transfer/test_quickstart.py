@@ -6,14 +6,27 @@ The run itself, on real text, is in tests/test_readme.py.
 from __future__ import annotations
 
 import math
+import os
+from dataclasses import replace
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pytest
 
+from megatron_mup.config import RunConfig
 from megatron_mup.errors import ConfigError, DataError
+from megatron_mup.parameterization.options import Parameterization
+from megatron_mup.training import loop
+from megatron_mup.training.loop import TrainResult
 from megatron_mup.transfer import quickstart as module
 from megatron_mup.transfer.picture import curves_of, draw, table_lines
-from megatron_mup.transfer.quickstart import QuickstartPlan, cell_config, run_quickstart
+from megatron_mup.transfer.quickstart import (
+    QuickstartPlan,
+    cell_config,
+    report_quickstart,
+    run_cell,
+    run_quickstart,
+)
 from megatron_mup.transfer.quickstart_data import cut_text, make_shards
 from megatron_mup.transfer.records import Cell, Record
 
@@ -49,6 +62,10 @@ def test_cells_of_mup_differ_from_sp_in_rules_and_not_in_architecture() -> None:
     sp = cell_config(Cell("sp", 128, -5.0, 1, 200), Path("d"))
     assert mup.model == sp.model
     assert mup.training == sp.training
+    # Everything else that could move the picture is the same, zero queries included.
+    assert replace(mup.parameterization, name=Parameterization.SP) == sp.parameterization
+    assert mup.parameterization.q_init == "zero"
+    assert (mup.optimizer, mup.schedule, mup.data) == (sp.optimizer, sp.schedule, sp.data)
     rates = {row.tensor.role: row.lr for row in mup.table.rows}
     # Width 128 over base 32: hidden and readout learn at a quarter of 2^-5.
     assert rates["query"] == rates["unembedding"] == 2.0**-7
@@ -61,9 +78,16 @@ def test_cells_of_mup_differ_from_sp_in_rules_and_not_in_architecture() -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"widths": (40,)}, "width 40 is not a multiple of the head dim 16"),
-        ({"log2_lrs": (-5.0, -6.0, -7.0)}, "at least three, increasing"),
-        ({"steps": 0}, "at least one step"),
+        ({"widths": (32, 40)}, "--widths is 32,40; give positive multiples of 16"),
+        ({"widths": (0, 32)}, "--widths is 0,32; give positive multiples of 16"),
+        ({"widths": (-16,)}, "--widths is -16; give positive"),
+        ({"widths": (32, 32)}, "each once, the smallest first"),
+        ({"widths": ()}, "--widths is ; give positive"),
+        ({"log2_lrs": (-5.0, -6.0, -7.0)}, "--log2-lrs is -5,-6,-7; give at least 3 finite"),
+        ({"log2_lrs": (-6.0, -5.0)}, "--log2-lrs is -6,-5; give at least 3 finite"),
+        ({"log2_lrs": (-6.0, math.nan, -5.0)}, "--log2-lrs is -6,nan,-5; give at least 3 finite"),
+        ({"log2_lrs": (-6.0, -5.0, math.inf)}, "at least 3 finite"),
+        ({"steps": 0}, "--steps is 0 and --workers is 2; both must be at least 1"),
     ],
 )
 def test_plans_that_show_nothing_are_refused(change: dict[str, object], words: str) -> None:
@@ -111,7 +135,89 @@ def test_picture_is_drawn_with_diverged_runs(tmp_path: Path) -> None:
     curves = curves_of([fake_record(cell) for cell in plan.cells])
     draw(curves, 5.0, tmp_path / "picture.png", caption="fake")
     assert (tmp_path / "picture.png").read_bytes()[:4] == b"\x89PNG"
-    assert not list(tmp_path.glob("*.tmp"))
+    assert [path.name for path in tmp_path.iterdir()] == ["picture.png"]
+
+
+def test_each_worker_process_has_an_index_cache_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs: list[RunConfig] = []
+
+    def fake_train(run: RunConfig, **_rest: object) -> TrainResult:
+        runs.append(run)
+        return TrainResult(history=[{"lm loss": 3.0}], validation_loss=2.5)
+
+    monkeypatch.setattr(loop, "train", fake_train)
+    cell = Cell("mup", 32, -5.0, 1, 10)
+    for process in (11, 12):
+        monkeypatch.setattr(os, "getpid", lambda process=process: process)
+        assert run_cell(cell, tmp_path).validation_loss == 2.5
+    folders = [run.data.data_cache_path for run in runs]
+    assert folders == [f"{tmp_path}/cache/11", f"{tmp_path}/cache/12"]
+    assert runs[0].data.train_data_path == [f"{tmp_path}/text_train"]
+
+
+def all_diverged(plan: QuickstartPlan) -> list[Record]:
+    return [
+        replace(fake_record(cell), validation_loss=math.nan, diverged=True) for cell in plan.cells
+    ]
+
+
+def test_table_says_that_every_run_diverged() -> None:
+    plan = QuickstartPlan(out=Path("x"), log2_lrs=(-3.0, -2.0, -1.0))
+    lines = table_lines(curves_of(all_diverged(plan)), 5.0)
+    assert "| mup | 64 | 4,096 | - | - | all runs diverged |" in lines
+    assert "sp: no optimum from width 32 to 128; too many runs diverged." in lines
+
+
+def test_picture_shows_a_cross_for_every_run_when_all_diverged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = QuickstartPlan(out=tmp_path, log2_lrs=(-3.0, -2.0, -1.0))
+    figures = []
+    monkeypatch.setattr(plt, "close", figures.append)
+    draw(curves_of(all_diverged(plan)), 5.0, tmp_path / "picture.png", caption="fake")
+    monkeypatch.undo()
+    (figure,) = figures
+    assert len(figure.axes) == 2
+    for axis in figure.axes:
+        crosses = [line for line in axis.lines if line.get_marker() == "x"]
+        assert [list(line.get_xdata()) for line in crosses] == [[-3.0, -2.0, -1.0]] * 3
+        # At the upper end of an axis that also holds the entropy.
+        top = axis.get_ylim()[1]
+        assert top > 5.0
+        assert {y for line in crosses for y in line.get_ydata()} == {top}
+        assert axis.get_xlim()[0] <= -3.0 < -1.0 <= axis.get_xlim()[1]
+    plt.close(figure)
+
+
+def test_report_leaves_a_whole_table_and_picture_that_say_what_was_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "unigram_entropy", lambda *_: 5.0)
+    plan = QuickstartPlan(out=tmp_path, log2_lrs=(-7.0, -6.0, -5.0, -4.0))
+    (tmp_path / "quickstart.md").write_text("old")
+    report_quickstart(plan, [fake_record(cell) for cell in plan.cells], echo=lambda _line: None)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["quickstart.md", "quickstart.png"]
+    page = (tmp_path / "quickstart.md").read_text()
+    assert "200 steps, 409,600 tokens a run; one seed; queries start at zero in both" in page
+
+
+def test_a_failed_table_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "unigram_entropy", lambda *_: 5.0)
+    monkeypatch.setattr(module, "draw", lambda *_, **__: None)
+    (tmp_path / "quickstart.md").write_text("old")
+
+    def full(_descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    plan = QuickstartPlan(out=tmp_path)
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        report_quickstart(plan, [fake_record(cell) for cell in plan.cells], lambda _line: None)
+    assert (tmp_path / "quickstart.md").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["quickstart.md"]
 
 
 def test_a_users_text_becomes_shards_once_and_another_text_is_refused(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_mup.errors import DataError
-from megatron_mup.transfer.records import Cell, Record, append_record, read_records, revision
+from megatron_mup.transfer.records import Cell, Record, append_record, read_records
 
 
 def record(log2_lr: float, loss: float = 3.25, *, diverged: bool = False) -> Record:
@@ -56,7 +56,3 @@ def test_a_file_with_other_columns_is_refused(tmp_path: Path) -> None:
     (tmp_path / "runs.csv").write_text("width,loss\n64,3.0\n")
     with pytest.raises(DataError, match="move the file away or choose another folder"):
         read_records(tmp_path / "runs.csv")
-
-
-def test_revision_starts_with_the_version() -> None:
-    assert revision().startswith("0.1.0")
