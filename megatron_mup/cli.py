@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -133,7 +134,8 @@ def quickstart(
     plan = module.QuickstartPlan(
         out=out,
         text=tuple(text or ()),
-        widths=_listed("--widths", widths, int, "whole numbers"),
+        # int refuses 32.5 and nan where float would take them.
+        widths=tuple(int(width) for width in _listed("--widths", widths, int, "whole numbers")),
         log2_lrs=module.LOG2_LRS
         if log2_lrs is None
         else _listed("--log2-lrs", log2_lrs, float, "numbers"),
@@ -144,9 +146,9 @@ def quickstart(
     module.report_quickstart(plan, records, typer.echo)
 
 
-def _listed[Number: (int, float)](
-    option: str, text: str, kind: type[Number], kind_in_words: str
-) -> tuple[Number, ...]:
+def _listed(
+    option: str, text: str, kind: Callable[[str], float], kind_in_words: str
+) -> tuple[float, ...]:
     """Parse a comma-separated list.
 
     Raises:
