@@ -117,6 +117,8 @@ def _reason(error: OmegaConfBaseException, key: str) -> str:
     # OmegaConf lists an enum's Python names, YAML takes their values.
     first = str(error).splitlines()[0]
     invalid, wrong_choice, _ = first.partition(", expected one of")
+    if "is not a ListConfig" in first:
+        return f"it takes a list; write {key}=[a,b] (in YAML [a, b])"
     if not wrong_choice:
         return first
     section, name = key.split(".")

@@ -424,4 +424,16 @@ CASES = [
         CheckpointError,
         ("holds no checkpoint", "set checkpoint.load"),
     ),
+    Case(
+        "text_where_a_list_is_meant",
+        options("train_data_path=shards/text"),
+        ConfigError,
+        ("data.train_data_path", "it takes a list; write data.train_data_path=[a,b]"),
+    ),
+    Case(
+        "profile_after_the_end",
+        options("profile=true", "profile_dir=x", "profile_step_start=6", "profile_step_end=9"),
+        ConfigError,
+        ("profile_step_start 6 is not below train_iters 6",),
+    ),
 ]

@@ -87,9 +87,10 @@ def check_record(saved: Mapping[str, Any], run: RunConfig, *, weights_only: bool
         lines += _option_differences(saved, current, _RESUMED, free=_RESUME_FREE)
         lines += _length_differences(saved, current)
         lines += difference(saved["table"], current["table"])
-        cure = (
-            "use the checkpoint's options, or load only the weights with checkpoint.finetune=true"
-        )
+        cure = "use the checkpoint's options"
+        # Weights of another model cannot be loaded either.
+        if not any(line.startswith("model.") for line in lines):
+            cure += ", or load only the weights with checkpoint.finetune=true"
     if lines:
         listed = "\n  ".join(lines)
         raise CheckpointError(f"the checkpoint belongs to another run:\n  {listed}\n{cure}")
@@ -114,7 +115,9 @@ def _length_differences(saved: Mapping[str, Any], current: Mapping[str, Any]) ->
     if saved["planned_iters"] != current["planned_iters"]:
         lines.append(
             f"data was shuffled for {saved['planned_iters']} iterations, now for "
-            f"{current['planned_iters']} (the larger of train_iters and lr_decay_iters)"
+            f"{current['planned_iters']} (the larger of train_iters and lr_decay_iters); a run "
+            f"cannot be made longer than planned, so keep train_iters at {saved['planned_iters']} "
+            "or below"
         )
     return lines
 

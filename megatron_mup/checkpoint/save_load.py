@@ -137,6 +137,11 @@ def check_resumable(run: RunConfig) -> int | None:
     if run.checkpoint.load is None:
         return None
     root = Path(run.checkpoint.load)
+    if root.name.startswith("iter_"):
+        raise CheckpointError(
+            f"checkpoint.load '{root}' is one checkpoint; give the folder that holds it, "
+            f"'{root.parent}', whose {TRACKER} names the iteration"
+        )
     iteration = latest_iteration(root)
     if iteration is None:
         if run.checkpoint.finetune:
@@ -148,6 +153,24 @@ def check_resumable(run: RunConfig) -> int | None:
     record = read_record(checkpoint_folder(root, iteration))
     check_record(record, run, weights_only=run.checkpoint.finetune)
     return iteration
+
+
+def check_save_folder(run: RunConfig) -> None:
+    """Refuse to save into the folder of a run that this one does not continue.
+
+    Raises:
+        CheckpointError: the folder holds checkpoints of another run.
+    """
+    save, load = run.checkpoint.save, run.checkpoint.load
+    continues = load is not None and save is not None and Path(load) == Path(save)
+    if save is None or (continues and not run.checkpoint.finetune):
+        return
+    held = latest_iteration(Path(save))
+    if held is not None:
+        raise CheckpointError(
+            f"checkpoint.save '{save}' already holds iteration {held} of a run that this one does "
+            f"not continue; continue it with checkpoint.load={save}, or save elsewhere"
+        )
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -182,7 +205,11 @@ def load_checkpoint(state: TrainState, folder: Path, *, weights_only: bool) -> N
         loaded = dist_checkpointing.load(tree, str(folder))
     except (Exception, CheckpointException) as error:
         # torch's CheckpointException derives from BaseException.
-        raise CheckpointError(f"cannot load checkpoint {folder}: {error}") from error
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise CheckpointError(
+            f"cannot load checkpoint {folder}, a file of it is cut or damaged "
+            f"({lines[-1].strip()}); write the number of another iter_* folder into {TRACKER}"
+        ) from error
     state.bare_model.load_state_dict(loaded["model"])
     if weights_only:
         # bf16 runs keep fp32 main weights that were copied before loading.

@@ -120,7 +120,9 @@ class ModelConfig:
         )
         require(
             self.head_dim % 2 == 0,
-            f"model.kv_channels is {self.head_dim}; rotary embeddings need an even head dim",
+            f"the head dim is {self.head_dim} (model.kv_channels, or hidden_size "
+            f"{self.hidden_size} / num_attention_heads {self.num_attention_heads}); rotary "
+            "embeddings need an even one",
         )
         require(
             self.norm_epsilon > 0, f"model.norm_epsilon is {self.norm_epsilon}; it must be positive"

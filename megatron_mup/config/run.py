@@ -58,6 +58,12 @@ class RunConfig:
             f"model.num_layers {self.model.num_layers} is not divisible by "
             f"pipeline_model_parallel_size {pipeline}; change one of them",
         )
+        start = self.training.profile_step_start
+        require(
+            not self.training.profile or start < self.training.train_iters,
+            f"training.profile_step_start {start} is not below train_iters "
+            f"{self.training.train_iters}: nothing would be profiled",
+        )
         batch, micro = self.training.global_batch_size, self.training.micro_batch_size
         require(
             batch % micro == 0,

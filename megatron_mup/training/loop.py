@@ -18,6 +18,7 @@ from megatron.core import parallel_state
 from megatron_mup import platform
 from megatron_mup.checkpoint.save_load import (
     check_resumable,
+    check_save_folder,
     checkpoint_folder,
     load_checkpoint,
     save_checkpoint,
@@ -91,12 +92,7 @@ def train(
         MupError: before any work, if data, layout or checkpoint do not fit the configuration.
     """
     launch = detect_launch() if launch is None else launch
-    check_layout(run, launch.world_size)
-    check_implementation(run.model)
-    check_outputs(run)
-    resume = check_resumable(run)
-    if data is None:
-        check_training_data(run)
+    resume = _check_before_work(run, launch, with_shards=data is None)
     with ExitStack() as stack:
         stack.enter_context(parallel_processes(run, launch))
         data = _configured_data(run) if data is None else data
@@ -108,7 +104,30 @@ def train(
         sinks = open_sinks(run, stack) if first else []
         loop = _Loop(state, data, sinks, echo if first else _silent)
         loop.echo(describe_text(run.table))
+        if run.checkpoint.load is not None:
+            loop.echo(_origin(run, resume))
         return loop.run_to_end(stack)
+
+
+def _check_before_work(run: RunConfig, launch: Launch, *, with_shards: bool) -> int | None:
+    """Every check that needs no model; returns the iteration to resume from."""
+    check_layout(run, launch.world_size)
+    check_implementation(run.model)
+    check_outputs(run)
+    resume = check_resumable(run)
+    check_save_folder(run)
+    if with_shards:
+        check_training_data(run)
+    return resume
+
+
+def _origin(run: RunConfig, resume: int | None) -> str:
+    """Where the weights come from, in words."""
+    load = run.checkpoint.load
+    if resume is None:
+        return f"'{load}' holds no checkpoint: starting from scratch"
+    what = "weights of" if run.checkpoint.finetune else "resuming from"
+    return f"{what} '{load}' at iteration {resume}"
 
 
 def _silent(_line: str) -> None:

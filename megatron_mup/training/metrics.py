@@ -17,6 +17,7 @@ from typing import IO, Any, Protocol
 from megatron_mup.config import LoggingConfig, RunConfig
 from megatron_mup.config_io import config_to_dict
 from megatron_mup.describe import describe_json
+from megatron_mup.errors import ConfigError
 
 Metrics = Mapping[str, float]
 
@@ -76,12 +77,18 @@ class Wandb:
     def __init__(self, logging: LoggingConfig, config: dict[str, Any]) -> None:
         import wandb
 
-        self._run: Any = wandb.init(
-            project=logging.wandb_project,
-            name=logging.wandb_exp_name,
-            dir=logging.wandb_save_dir,
-            config=config,
-        )
+        try:
+            self._run: Any = wandb.init(
+                project=logging.wandb_project,
+                name=logging.wandb_exp_name,
+                dir=logging.wandb_save_dir,
+                config=config,
+            )
+        except wandb.Error as error:
+            raise ConfigError(
+                f"logging.wandb_project '{logging.wandb_project}': {error}; run 'wandb login', or "
+                "set WANDB_MODE=offline, or leave logging.wandb_project unset"
+            ) from error
 
     def write(self, iteration: int, metrics: Metrics) -> None:
         """Log all metrics at one step."""

@@ -148,8 +148,10 @@ def _panel(axis: Any, name: str, curves: list[Curve], entropy: float, top: float
     for index, curve in enumerate(curves):
         # Viridis ends in a yellow that white paper swallows, so its last part is left out.
         color = colors(0.85 - 0.75 * index / max(1, len(curves) - 1))
-        shown = [min(loss, top) if math.isfinite(loss) else math.nan for loss in curve.losses]
-        axis.plot(curve.log2_lrs, shown, "o-", ms=4, color=color, label=f"width {curve.width}")
+        # True values: a line to a point above the axis leaves through it at its own slope.
+        axis.plot(
+            curve.log2_lrs, curve.losses, "o-", ms=4, color=color, label=f"width {curve.width}"
+        )
         # "not <" and not ">=": nan, a diverged run, is to get its cross.
         failed = [x for x, loss in zip(curve.log2_lrs, curve.losses, strict=True) if not loss < top]
         if failed:

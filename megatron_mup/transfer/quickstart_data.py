@@ -20,6 +20,8 @@ PIECE_CHARACTERS = 4096
 
 VALID_FRACTION = 0.05
 MIN_VALID_TOKENS = 2_000
+MIN_TEXT_BYTES = 200_000
+"""Less text has too few distinct pieces for the tokenizer."""
 
 
 def make_shards(
@@ -77,15 +79,19 @@ def _check_size(folder: Path, echo: Callable[[str], None]) -> None:
 
 def _check_source(folder: Path, text: Sequence[Path]) -> None:
     """One folder belongs to one text: records of different texts cannot be compared."""
+    for path in text:
+        if not path.is_file():
+            raise DataError(f"there is no file '{path}'; correct --text (make: TEXT)")
     if text:
         check_inputs(text)
     # Absolute: the same relative name in another working folder is another text.
     source = json.dumps([str(path.resolve()) for path in text])
     note = folder / "source.json"
     if note.exists() and note.read_text(encoding="utf-8") != source:
+        before = ", ".join(json.loads(note.read_text(encoding="utf-8")))
         raise DataError(
-            f"{folder} was made from another text ({note.read_text(encoding='utf-8')}); choose "
-            "another --out folder or delete this one"
+            f"{folder} was made from another text ({before or 'installed Python sources'}); "
+            "choose another --out folder or delete this one"
         )
     publish_text(note, source)
 
@@ -104,6 +110,12 @@ def _write_text(corpus: Path, text: Sequence[Path], corpus_bytes: int) -> int:
                 count += 1
         if count == 0:
             raise DataError(f"no text in {', '.join(map(str, text))}; give a file with text")
+        size = stream.tell()
+        if size < MIN_TEXT_BYTES:
+            raise DataError(
+                f"the text has {size:,} bytes, too few for the quickstart's tokenizer; give at "
+                f"least {MIN_TEXT_BYTES:,}, better some megabytes"
+            )
     return count
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mup.checkpoint.save_load import TRACKER, latest_iteration
+from megatron_mup.checkpoint.save_load import TRACKER, _publish, latest_iteration
 from megatron_mup.config import RunConfig
 from megatron_mup.errors import CheckpointError
 from megatron_mup.training.loop import TrainData, TrainResult, train
@@ -77,7 +77,7 @@ def test_checkpoints_have_megatrons_layout(tmp_path: Path) -> None:
         ("base_hidden_size=16", ["base_hidden_size was 32, now 16", "lr was", "finetune"]),
         ("parameterization.name=sp", ["parameterization.name was mup, now sp"]),
         ("lr=0.5", ["lr was 0.015625, now 0.5"]),
-        ("num_layers=4", ["num_layers was 2, now 4", "decoder.layers.2"]),
+        ("num_layers=4", ["num_layers was 2, now 4", "use the checkpoint's options"]),
         ("optimizer.optimizer=lion", ["optimizer was adam, now lion"]),
         ("adam_eps=1e-6", ["eps was 1e-08, now 1e-06"]),
         ("adam_beta2=0.99", ["adam_beta2 was 0.95, now 0.99"]),
@@ -156,12 +156,49 @@ def test_finetuning_a_tied_model_under_another_logit_multiplier_is_refused(
         run_training(tiny(*tied, change, f"load={tmp_path}", "finetune=true"))
 
 
-def test_saving_an_iteration_again_replaces_it_whole(tmp_path: Path) -> None:
+def test_a_checkpoint_of_the_same_name_is_replaced_whole(tmp_path: Path) -> None:
+    final, temporary = tmp_path / "iter_0000002", tmp_path / "iter_0000002.tmp"
+    for folder, content in ((final, "old"), (temporary, "new")):
+        folder.mkdir()
+        (folder / "weights").write_text(content)
+    _publish(temporary, final)
+    assert (final / "weights").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["iter_0000002"]
+
+
+@pytest.mark.parametrize("load", [[], ["load={folder}", "finetune=true"]])
+def test_saving_into_the_folder_of_another_run_is_refused(load: list[str], tmp_path: Path) -> None:
     run_training(tiny("train_iters=2", *folders(tmp_path)))
-    run_training(tiny("train_iters=2", "seed=7", *folders(tmp_path)))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["iter_0000002", TRACKER]
-    record = json.loads((tmp_path / "iter_0000002" / "parameterization.json").read_text())
-    assert record["config"]["training"]["seed"] == 7
+    options = [option.format(folder=tmp_path) for option in load]
+    with pytest.raises(CheckpointError, match=r"already holds iteration 2 .* or save elsewhere"):
+        run_training(tiny("train_iters=1", *options, *folders(tmp_path)))
+    assert (tmp_path / TRACKER).read_text() == "2"
+
+
+def test_the_log_says_where_the_weights_come_from(tmp_path: Path) -> None:
+    samples = RandomSamples(96, 16)
+    lines: list[str] = []
+    run = tiny("train_iters=2", "lr_decay_iters=3", *folders(tmp_path, load=True))
+    train(run, data=TrainData(samples), echo=lines.append)
+    assert f"'{tmp_path}' holds no checkpoint: starting from scratch" in lines
+    run = tiny("train_iters=3", *folders(tmp_path, load=True))
+    train(run, data=TrainData(samples), echo=lines.append)
+    assert f"resuming from '{tmp_path}' at iteration 2" in lines
+
+
+def test_naming_one_checkpoint_instead_of_its_folder_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"is one checkpoint; give the folder that holds it"):
+        run_training(tiny(f"load={tmp_path / 'iter_0000002'}"))
+
+
+def test_a_cut_checkpoint_is_named_in_one_line(tmp_path: Path) -> None:
+    run_training(tiny("train_iters=1", "lr_decay_iters=2", *folders(tmp_path)))
+    (data,) = (tmp_path / "iter_0000001").glob("*.distcp")
+    data.write_bytes(data.read_bytes()[:1000])
+    with pytest.raises(CheckpointError) as error:
+        run_training(tiny("train_iters=2", *folders(tmp_path, load=True)))
+    assert "iter_0000001, a file of it is cut or damaged" in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_an_empty_folder_starts_from_scratch_as_in_megatron(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import wandb
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
@@ -152,6 +153,17 @@ def test_wandb_works_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("WANDB_SILENT", "true")
     run_training(tiny("train_iters=1", "wandb_project=test", f"wandb_save_dir={tmp_path}"))
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+
+
+def test_wandb_without_a_login_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(**_options: object) -> None:
+        raise wandb.Error("No API key configured")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    with pytest.raises(ConfigError, match=r"'p': No API key configured; run 'wandb login', or"):
+        run_training(tiny("wandb_project=p", f"wandb_save_dir={tmp_path}"))
 
 
 def test_only_the_chosen_steps_are_profiled(tmp_path: Path) -> None:

@@ -245,6 +245,17 @@ def test_a_users_text_becomes_shards_once_and_another_text_is_refused(tmp_path: 
         make(other)
 
 
+def test_a_missing_or_short_text_is_refused_by_the_option_that_named_it(tmp_path: Path) -> None:
+    options = {"corpus_bytes": 1000, "vocab_size": 400}
+    with pytest.raises(DataError, match=r"there is no file '.*absent.txt'; correct --text"):
+        make_shards(tmp_path / "a", text=[tmp_path / "absent.txt"], echo=print, **options)
+    short = tmp_path / "short.txt"
+    short.write_text("one short line\n" * 100)
+    with pytest.raises(DataError, match=r"the text has 1,.* bytes, too few for the quickstart"):
+        make_shards(tmp_path / "b", text=[short], echo=print, **options)
+    assert not (tmp_path / "b" / "corpus.jsonl").exists()
+
+
 def test_cutting_keeps_every_character_and_drops_only_blank_ends() -> None:
     text = "".join(f"line {n}\n" for n in range(2000))
     pieces = list(cut_text(text))
