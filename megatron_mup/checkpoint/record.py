@@ -12,7 +12,7 @@ from dataclasses import asdict
 from typing import Any
 
 from megatron_mup import __version__
-from megatron_mup.config import RunConfig
+from megatron_mup.config import DecayStyle, RunConfig
 from megatron_mup.config_io import config_to_dict
 from megatron_mup.errors import CheckpointError
 from megatron_mup.parameterization.table import difference
@@ -105,7 +105,12 @@ def _multiplier_differences(saved: Mapping[str, Any], current: Mapping[str, Any]
 
 
 def _length_differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-    """The planned length decides the learning rates and, over epochs, the order of the data."""
+    """The planned length decides the learning rates and, over epochs, the order of the data.
+
+    A constant schedule has no end, so such a run may be made longer; see ``length_warning``.
+    """
+    if _is_constant(current):
+        return []
     lines = []
     if saved["decay_iters"] != current["decay_iters"]:
         lines.append(
@@ -120,6 +125,21 @@ def _length_differences(saved: Mapping[str, Any], current: Mapping[str, Any]) ->
             "or below"
         )
     return lines
+
+
+def length_warning(saved: Mapping[str, Any], run: RunConfig) -> str | None:
+    """What a longer run under a constant schedule cannot keep; None when all is kept."""
+    planned = saved["planned_iters"]
+    if not _is_constant(make_record(run)) or planned == run.planned_iters:
+        return None
+    return (
+        f"data was shuffled for {planned} iterations, now for {run.planned_iters}: within its "
+        "first epoch the order is kept, later it is not that of an uninterrupted run"
+    )
+
+
+def _is_constant(record: Mapping[str, Any]) -> bool:
+    return bool(record["config"]["schedule"]["lr_decay_style"] == DecayStyle.CONSTANT.value)
 
 
 def _option_differences(

@@ -9,6 +9,7 @@ one is always whole.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -18,11 +19,13 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_mup.checkpoint.record import check_record, make_record
+from megatron_mup.checkpoint.record import check_record, length_warning, make_record
 from megatron_mup.config import RunConfig
 from megatron_mup.data.publication import published, sync_folder
 from megatron_mup.errors import CheckpointError
 from megatron_mup.training.step import TrainState
+
+logger = logging.getLogger(__name__)
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RECORD = "parameterization.json"
@@ -152,6 +155,9 @@ def check_resumable(run: RunConfig) -> int | None:
         return None
     record = read_record(checkpoint_folder(root, iteration))
     check_record(record, run, weights_only=run.checkpoint.finetune)
+    warning = None if run.checkpoint.finetune else length_warning(record, run)
+    if warning is not None:
+        logger.warning(warning)
     return iteration
 
 

@@ -102,6 +102,17 @@ def test_resuming_another_run_prints_the_difference(
         assert word in str(error.value)
 
 
+def test_a_run_with_a_constant_schedule_can_be_made_longer(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    constant = ["lr_decay_style=constant", "lr_warmup_iters=2"]
+    whole = run_training(tiny(*constant, "train_iters=6"))
+    first = run_training(tiny(*constant, "train_iters=3", *folders(tmp_path)))
+    second = run_training(tiny(*constant, "train_iters=6", *folders(tmp_path, load=True)))
+    assert losses(first) + losses(second) == losses(whole)
+    assert "data was shuffled for 3 iterations, now for 6" in caplog.text
+
+
 def test_layout_logging_and_evaluation_may_change_on_resume(tmp_path: Path) -> None:
     options = ["lr_decay_iters=8", "train_iters=2"]
     run_training(tiny(*options, "train_iters=1", *folders(tmp_path)))
