@@ -85,7 +85,7 @@ def check_record(saved: Mapping[str, Any], run: RunConfig, *, weights_only: bool
         cure = "use the checkpoint's model and multipliers"
     else:
         lines += _option_differences(saved, current, _RESUMED, free=_RESUME_FREE)
-        lines += _length_differences(saved, current)
+        lines += _length_differences(saved, run)
         lines += difference(saved["table"], current["table"])
         cure = "use the checkpoint's options"
         # Weights of another model cannot be loaded either.
@@ -104,23 +104,23 @@ def _multiplier_differences(saved: Mapping[str, Any], current: Mapping[str, Any]
     ]
 
 
-def _length_differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+def _length_differences(saved: Mapping[str, Any], run: RunConfig) -> list[str]:
     """The planned length decides the learning rates and, over epochs, the order of the data.
 
     A constant schedule has no end, so such a run may be made longer; see ``length_warning``.
     """
-    if _is_constant(current):
+    if run.schedule.lr_decay_style is DecayStyle.CONSTANT:
         return []
     lines = []
-    if saved["decay_iters"] != current["decay_iters"]:
+    if saved["decay_iters"] != run.decay_iters:
         lines.append(
             f"the schedule ended at iteration {saved['decay_iters']}, now at "
-            f"{current['decay_iters']}; schedule.lr_decay_iters={saved['decay_iters']} keeps it"
+            f"{run.decay_iters}; schedule.lr_decay_iters={saved['decay_iters']} keeps it"
         )
-    if saved["planned_iters"] != current["planned_iters"]:
+    if saved["planned_iters"] != run.planned_iters:
         lines.append(
             f"data was shuffled for {saved['planned_iters']} iterations, now for "
-            f"{current['planned_iters']} (the larger of train_iters and lr_decay_iters); a run "
+            f"{run.planned_iters} (the larger of train_iters and lr_decay_iters); a run "
             f"cannot be made longer than planned, so keep train_iters at {saved['planned_iters']} "
             "or below"
         )
@@ -130,16 +130,14 @@ def _length_differences(saved: Mapping[str, Any], current: Mapping[str, Any]) ->
 def length_warning(saved: Mapping[str, Any], run: RunConfig) -> str | None:
     """What a longer run under a constant schedule cannot keep; None when all is kept."""
     planned = saved["planned_iters"]
-    if not _is_constant(make_record(run)) or planned == run.planned_iters:
+    constant = run.schedule.lr_decay_style is DecayStyle.CONSTANT
+    if not constant or planned == run.planned_iters:
         return None
     return (
-        f"data was shuffled for {planned} iterations, now for {run.planned_iters}: within its "
-        "first epoch the order is kept, later it is not that of an uninterrupted run"
+        f"data was shuffled for {planned} iterations, now for {run.planned_iters}: where that "
+        "takes another number of epochs, the order of all data is another one and samples can "
+        "repeat; to avoid it, start with schedule.lr_decay_iters at the final length"
     )
-
-
-def _is_constant(record: Mapping[str, Any]) -> bool:
-    return bool(record["config"]["schedule"]["lr_decay_style"] == DecayStyle.CONSTANT.value)
 
 
 def _option_differences(
