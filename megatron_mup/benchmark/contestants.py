@@ -33,7 +33,8 @@ from megatron_mup.model.layer_specs import block_spec
 from megatron_mup.optimizer.build import optimizer_config
 from megatron_mup.parameterization.rules import Multipliers
 from megatron_mup.training.batches import Batch
-from megatron_mup.training.step import build_state, train_step
+from megatron_mup.training.state import build_state
+from megatron_mup.training.step import train_step
 
 TrainStep = Callable[[Batch], float]
 """One optimizer step on a batch of [B, S] tensors; returns the mean token loss in nats."""

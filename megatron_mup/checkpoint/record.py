@@ -30,9 +30,8 @@ _RESUMED: dict[str, frozenset[str]] = {
     "parameterization": _EVERYTHING,
     "optimizer": _EVERYTHING,
     "schedule": _EVERYTHING,
-    "training": frozenset(
-        {"global_batch_size", "rampup_batch_size", "loss_denominator", "seed", "bf16"}
-    ),
+    "training": frozenset({"global_batch_size", "rampup_batch_size", "loss_denominator", "seed"}),
+    "precision": frozenset({"bf16", "fp8_format", "fp8_recipe"}),
     "data": frozenset({"eod_mask_loss", "eod_token"}),
 }
 """Options that must stay for a resumed run to equal the uninterrupted one. Layout, logging,

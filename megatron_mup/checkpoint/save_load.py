@@ -23,7 +23,7 @@ from megatron_mup.checkpoint.record import check_record, length_warning, make_re
 from megatron_mup.config import RunConfig
 from megatron_mup.data.publication import published, sync_folder
 from megatron_mup.errors import CheckpointError
-from megatron_mup.training.step import TrainState
+from megatron_mup.training.state import TrainState
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ def latest_iteration(root: Path) -> int | None:
 def _sharded_state(state: TrainState, *, loading: bool, with_optimizer: bool) -> dict[str, Any]:
     """What is saved, as Megatron's sharded state dict; keys are Megatron-LM's."""
     metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
-    bare: Any = state.bare_model
+    bare: Any = state.model_chunks[0]
     tree: dict[str, Any] = {"model": bare.sharded_state_dict(metadata=metadata)}
     if with_optimizer:
         tree["optimizer"] = state.optimizer.sharded_state_dict(
@@ -216,7 +216,7 @@ def load_checkpoint(state: TrainState, folder: Path, *, weights_only: bool) -> N
             f"cannot load checkpoint {folder}, a file of it is cut or damaged "
             f"({lines[-1].strip()}); write the number of another iter_* folder into {TRACKER}"
         ) from error
-    state.bare_model.load_state_dict(loaded["model"])
+    state.model_chunks[0].load_state_dict(loaded["model"])
     if weights_only:
         # bf16 runs keep fp32 main weights that were copied before loading.
         state.optimizer.reload_model_params()

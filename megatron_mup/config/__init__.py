@@ -7,36 +7,49 @@ YAML and the command line is ``config_io``'s task. Must not import torch or mega
 
 from megatron_mup.config.choices import (
     Activation,
+    AmaxAlgorithm,
     AttentionBackend,
+    BadStepPolicy,
     DecayStyle,
+    Fp8Format,
+    Fp8Recipe,
     LossDenominator,
+    MuonTpMode,
     OptimizerName,
+    RecomputeGranularity,
+    RecomputeMethod,
     TransformerImpl,
     WsdDecayStyle,
 )
+from megatron_mup.config.layout import ParallelConfig, PrecisionConfig, RecomputeConfig
 from megatron_mup.config.model import ModelConfig
 from megatron_mup.config.optimization import OptimizerSection, ScheduleConfig
 from megatron_mup.config.run import RunConfig
-from megatron_mup.config.running import (
-    CheckpointConfig,
-    DataConfig,
-    LoggingConfig,
-    ParallelConfig,
-    TrainingConfig,
-)
+from megatron_mup.config.running import DataConfig, LoggingConfig, TrainingConfig
+from megatron_mup.config.survival import CheckpointConfig, FaultConfig
 
 __all__ = [
     "Activation",
+    "AmaxAlgorithm",
     "AttentionBackend",
+    "BadStepPolicy",
     "CheckpointConfig",
     "DataConfig",
     "DecayStyle",
+    "FaultConfig",
+    "Fp8Format",
+    "Fp8Recipe",
     "LoggingConfig",
     "LossDenominator",
     "ModelConfig",
+    "MuonTpMode",
     "OptimizerName",
     "OptimizerSection",
     "ParallelConfig",
+    "PrecisionConfig",
+    "RecomputeConfig",
+    "RecomputeGranularity",
+    "RecomputeMethod",
     "RunConfig",
     "ScheduleConfig",
     "TrainingConfig",

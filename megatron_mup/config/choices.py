@@ -29,10 +29,77 @@ class TransformerImpl(StrEnum):
 
 
 class OptimizerName(StrEnum):
-    """Supported optimizers, Megatron's spelling; ``adam`` is AdamW."""
+    """Supported optimizers, Megatron's spelling; ``adam`` is AdamW.
+
+    ``muon`` orthogonalizes the updates of hidden matrices; AdamW trains the other parameters.
+    """
 
     ADAM = "adam"
     LION = "lion"
+    MUON = "muon"
+
+
+class MuonTpMode(StrEnum):
+    """How Muon treats a matrix that is split over tensor-parallel ranks.
+
+    ``duplicated``: every rank gathers and orthogonalizes the whole matrix. ``distributed``: the
+    ranks share the work. Megatron's default, ``blockwise``, orthogonalizes each shard alone, so
+    its update depends on the layout, and is refused.
+    """
+
+    DUPLICATED = "duplicated"
+    DISTRIBUTED = "distributed"
+    BLOCKWISE = "blockwise"
+
+
+class Fp8Format(StrEnum):
+    """FP8 number format: Megatron's ``--fp8-format``; ``hybrid`` has E5M2 gradients."""
+
+    E4M3 = "e4m3"
+    HYBRID = "hybrid"
+
+
+class Fp8Recipe(StrEnum):
+    """How FP8 tensors are scaled: Megatron's ``--fp8-recipe``.
+
+    ``delayed``: from the history of earlier steps; ``tensorwise``: from the current tensor;
+    ``blockwise``: one scale per block (Hopper).
+    """
+
+    DELAYED = "delayed"
+    TENSORWISE = "tensorwise"
+    BLOCKWISE = "blockwise"
+
+
+class AmaxAlgorithm(StrEnum):
+    """Delayed scaling: the history's maximum or its last value."""
+
+    MAX = "max"
+    MOST_RECENT = "most_recent"
+
+
+class RecomputeGranularity(StrEnum):
+    """Activation recomputation: only the core attention, or whole layers."""
+
+    SELECTIVE = "selective"
+    FULL = "full"
+
+
+class RecomputeMethod(StrEnum):
+    """Which layers full recomputation takes: Megatron's ``--recompute-method``."""
+
+    UNIFORM = "uniform"
+    BLOCK = "block"
+
+
+class BadStepPolicy(StrEnum):
+    """What happens when a step's loss or gradient is not finite, or its loss spikes.
+
+    ``stop``: the run ends, the batch is saved. ``skip``: the update is left out and counted.
+    """
+
+    STOP = "stop"
+    SKIP = "skip"
 
 
 class DecayStyle(StrEnum):

@@ -6,7 +6,12 @@ import math
 from dataclasses import dataclass
 
 from megatron_mup.config.checks import require, require_positive, require_probability
-from megatron_mup.config.choices import DecayStyle, OptimizerName, WsdDecayStyle
+from megatron_mup.config.choices import (
+    DecayStyle,
+    MuonTpMode,
+    OptimizerName,
+    WsdDecayStyle,
+)
 from megatron_mup.parameterization.options import DecayMask, DecayMode, OptimizerNumbers
 
 
@@ -18,7 +23,7 @@ class OptimizerSection:
     """alpha: base peak learning rate; the rule table distributes it."""
 
     optimizer: OptimizerName = OptimizerName.ADAM
-    """``adam`` (AdamW) or ``lion``."""
+    """``adam`` (AdamW), ``lion``, or ``muon`` (with AdamW for embeddings, readout and vectors)."""
 
     adam_beta1: float = 0.9
     """Adam's decay of the gradient's running mean."""
@@ -34,6 +39,15 @@ class OptimizerSection:
 
     lion_beta2: float = 0.98
     """Lion's decay of the momentum."""
+
+    muon_momentum: float = 0.95
+    """Muon's decay of the gradient's running mean (Nesterov)."""
+
+    muon_num_ns_steps: int = 5
+    """Newton-Schulz steps of Muon's orthogonalization."""
+
+    muon_tp_mode: MuonTpMode = MuonTpMode.DUPLICATED
+    """How Muon treats a matrix that tensor parallelism splits."""
 
     weight_decay: float = 0.0
     """lambda; what it is a fraction of is ``weight_decay_mode``'s choice."""
@@ -56,7 +70,19 @@ class OptimizerSection:
                 f"optimizer.{name} is {value}; it must be finite and not negative",
             )
         require_probability(
-            "optimizer", self, "adam_beta1", "adam_beta2", "lion_beta1", "lion_beta2"
+            "optimizer",
+            self,
+            "adam_beta1",
+            "adam_beta2",
+            "lion_beta1",
+            "lion_beta2",
+            "muon_momentum",
+        )
+        require_positive("optimizer", self, "muon_num_ns_steps")
+        require(
+            self.muon_tp_mode is not MuonTpMode.BLOCKWISE,
+            "optimizer.muon_tp_mode=blockwise orthogonalizes each tensor-parallel shard alone, so "
+            "the trained model depends on the layout; use duplicated or distributed",
         )
 
     @property

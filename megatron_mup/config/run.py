@@ -5,15 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from megatron_mup.config.checks import require
+from megatron_mup.config.layout import ParallelConfig, PrecisionConfig, RecomputeConfig
+from megatron_mup.config.layout_checks import check_layout_relations
 from megatron_mup.config.model import ModelConfig
 from megatron_mup.config.optimization import OptimizerSection, ScheduleConfig
-from megatron_mup.config.running import (
-    CheckpointConfig,
-    DataConfig,
-    LoggingConfig,
-    ParallelConfig,
-    TrainingConfig,
-)
+from megatron_mup.config.running import DataConfig, LoggingConfig, TrainingConfig
+from megatron_mup.config.survival import CheckpointConfig, FaultConfig
 from megatron_mup.parameterization.options import ParameterizationConfig
 from megatron_mup.parameterization.table import ParameterTable, resolve
 
@@ -29,35 +26,20 @@ class RunConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     data: DataConfig = field(default_factory=DataConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    faults: FaultConfig = field(default_factory=FaultConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
     def __post_init__(self) -> None:
         """Check relations between sections; raises ConfigError or ParameterizationError."""
-        self._check_layout()
+        check_layout_relations(self)
+        self._check_training()
         self._check_schedule()
         self.table  # noqa: B018  resolving refuses a parameterization without a rule
 
-    def _check_layout(self) -> None:
-        tensor = self.parallel.tensor_model_parallel_size
-        for name, size in (
-            ("hidden_size", self.model.hidden_size),
-            ("num_attention_heads", self.model.num_attention_heads),
-            ("num_query_groups", self.model.query_groups),
-            ("ffn_hidden_size", self.model.ffn_width),
-            ("vocab_size (with make_vocab_size_divisible_by)", self.model.padded_vocab_size),
-        ):
-            require(
-                size % tensor == 0,
-                f"model: {name} {size} is not divisible by tensor_model_parallel_size {tensor}; "
-                "change one of them",
-            )
-        pipeline = self.parallel.pipeline_model_parallel_size
-        require(
-            self.model.num_layers % pipeline == 0,
-            f"model.num_layers {self.model.num_layers} is not divisible by "
-            f"pipeline_model_parallel_size {pipeline}; change one of them",
-        )
+    def _check_training(self) -> None:
         start = self.training.profile_step_start
         require(
             not self.training.profile or start < self.training.train_iters,

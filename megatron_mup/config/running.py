@@ -1,4 +1,4 @@
-"""What a run reads, writes and how long it goes on: training, data, layout, files."""
+"""What a run reads and reports and how long it goes on: training, data, logging."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megatron_mup.config.choices import LossDenominator
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """Length, batch, evaluation, precision, profiling."""
+    """Length, batch, evaluation, profiling."""
 
     train_iters: int
     """Optimizer steps."""
@@ -35,9 +35,6 @@ class TrainingConfig:
 
     seed: int = 1234
     """Seed of initial weights and data order."""
-
-    bf16: bool = False
-    """Compute in bfloat16 with fp32 master weights; otherwise fp32."""
 
     profile: bool = False
     """Trace iterations [profile_step_start, profile_step_end) with torch.profiler."""
@@ -105,50 +102,15 @@ class DataConfig:
     eod_token: int = 2
     """Id of the end-of-document token; `data tokenizer` makes 2."""
 
+    max_epochs: float | None = None
+    """Refuse to start a run that would read the training shards more often; unset: no limit."""
+
     def __post_init__(self) -> None:
         """Check values; raises ConfigError."""
         require(self.eod_token >= 0, f"data.eod_token is {self.eod_token}; it must not be negative")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ParallelConfig:
-    """Layout; data parallelism takes the ranks that are left."""
-
-    tensor_model_parallel_size: int = 1
-    """Ranks that share each matrix."""
-
-    pipeline_model_parallel_size: int = 1
-    """Stages that share the layers."""
-
-    def __post_init__(self) -> None:
-        """Check sizes; raises ConfigError."""
-        require_positive(
-            "parallel", self, "tensor_model_parallel_size", "pipeline_model_parallel_size"
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckpointConfig:
-    """Saving and resuming, in Megatron's layout (``iter_0000100``, torch_dist)."""
-
-    save: str | None = None
-    """Folder to save to; unset means no checkpoints."""
-
-    save_interval: int | None = None
-    """Iterations between checkpoints; unset means only at the end."""
-
-    load: str | None = None
-    """Folder to resume from; an empty or missing one starts from scratch, as in Megatron."""
-
-    finetune: bool = False
-    """Load weights only: iteration, optimizer and data order start anew."""
-
-    def __post_init__(self) -> None:
-        """Check values; raises ConfigError."""
-        require_positive("checkpoint", self, "save_interval")
         require(
-            not self.finetune or self.load is not None,
-            "checkpoint.finetune needs checkpoint.load, the folder with the weights",
+            self.max_epochs is None or self.max_epochs > 0,
+            f"data.max_epochs is {self.max_epochs}; it must be positive",
         )
 
 
@@ -158,6 +120,9 @@ class LoggingConfig:
 
     log_interval: int = 10
     """Iterations between log lines."""
+
+    peak_tflops_per_device: float | None = None
+    """Peak of one device in TFLOP/s, for MFU; unset: known for H100, H200, A100, else no MFU."""
 
     metrics_path: str | None = None
     """JSON lines file to append metrics to."""
@@ -180,3 +145,7 @@ class LoggingConfig:
     def __post_init__(self) -> None:
         """Check values; raises ConfigError."""
         require_positive("logging", self, "log_interval")
+        require(
+            self.peak_tflops_per_device is None or self.peak_tflops_per_device > 0,
+            f"logging.peak_tflops_per_device is {self.peak_tflops_per_device}; it must be positive",
+        )

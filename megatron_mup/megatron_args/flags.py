@@ -34,7 +34,7 @@ DIRECT: dict[str, tuple[str, type]] = {
     "eval-interval": ("training.eval_interval", int),
     "eval-iters": ("training.eval_iters", int),
     "seed": ("training.seed", int),
-    "bf16": ("training.bf16", bool),
+    "bf16": ("precision.bf16", bool),
     "profile-step-start": ("training.profile_step_start", int),
     "profile-step-end": ("training.profile_step_end", int),
     "init-method-std": ("parameterization.init_method_std", float),
@@ -153,7 +153,7 @@ ALWAYS_SO: dict[str, tuple[tuple[str, ...], ...]] = {
 NO_COUNTERPART = "no counterpart; see docs/configuration.md for what can be set"
 # Ordered from the special to the general, as the patterns overlap.
 REASONS: tuple[tuple[str, str], ...] = (
-    ("fp16", "only fp32 and training.bf16=true are available; fp32 is used"),
+    ("fp16", "only fp32 and precision.bf16=true are available; fp32 is used"),
     (r"fp[48].*", "low-precision matrix products are not available"),
     ("max-position-embeddings", "rotary embeddings have no table of that size"),
     ("apply-layernorm-1p", "gains are stored as they are, not minus 1; the function is the same"),

@@ -65,7 +65,7 @@ def transformer_config(run: RunConfig, multipliers: Multipliers) -> TransformerC
         multipliers: forward multipliers from the table; the attention scale enters here.
     """
     model, parallel = run.model, run.parallel
-    dtype = torch.bfloat16 if run.training.bf16 else torch.float32
+    dtype = torch.bfloat16 if run.precision.bf16 else torch.float32
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -81,17 +81,20 @@ def transformer_config(run: RunConfig, multipliers: Multipliers) -> TransformerC
         softmax_scale=multipliers.attention,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
         pipeline_dtype=dtype,
         params_dtype=dtype,
-        bf16=run.training.bf16,
+        bf16=run.precision.bf16,
         apply_rope_fusion=model.transformer_impl is TransformerImpl.TRANSFORMER_ENGINE,
         use_cpu_initialization=not platform.has_cuda(),
         **_ALWAYS,
     )
 
 
-def build_model(run: RunConfig, table: ParameterTable) -> torch.nn.Module:
-    """Build this process's pipeline stage with its hooks and initial weights.
+def build_model(run: RunConfig, table: ParameterTable, *, chunk: int = 0) -> torch.nn.Module:
+    """Build one model chunk of this process's pipeline stage with its hooks and initial weights.
 
     Needs Megatron's parallel state. DDP and the optimizer must be built after it, because fp32
     main parameters are copies.
@@ -99,15 +102,17 @@ def build_model(run: RunConfig, table: ParameterTable) -> torch.nn.Module:
     Args:
         run: the run's configuration.
         table: its resolved parameter table.
+        chunk: number of the chunk on this rank; 0 unless the pipeline is virtual.
 
     Returns:
-        GPTModel of this stage, on this process's device.
+        GPTModel of this chunk, on this process's device.
 
     Raises:
         ParameterizationError: a parameter has no role in the table.
         InstallationError: TransformerEngine is asked for but absent.
     """
-    model = construct(run.model, transformer_config(run, table.multipliers), table.multipliers)
+    config = transformer_config(run, table.multipliers)
+    model = construct(run.model, config, table.multipliers, chunk=chunk)
     shard = Shard(
         parallel_state.get_tensor_model_parallel_rank(),
         parallel_state.get_tensor_model_parallel_world_size(),
@@ -117,20 +122,23 @@ def build_model(run: RunConfig, table: ParameterTable) -> torch.nn.Module:
 
 
 def construct(
-    model: ModelConfig, config: TransformerConfig, multipliers: Multipliers
+    model: ModelConfig, config: TransformerConfig, multipliers: Multipliers, *, chunk: int = 0
 ) -> torch.nn.Module:
-    """Build one stage with hooks but without initial weights; see ``build_model``."""
+    """Build one chunk with hooks but without initial weights; see ``build_model``."""
+    virtual = config.virtual_pipeline_model_parallel_size is not None
+    place: dict[str, Any] = {"vp_stage": chunk} if virtual else {}
     gpt: torch.nn.Module = GPTModel(
         config,
-        block_spec(model, config, multipliers.residual),
+        block_spec(model, config, multipliers.residual, **place),
         model.padded_vocab_size,
         model.seq_length,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=not virtual, **place),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=not virtual, **place),
         share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,
         position_embedding_type="rope",
         rotary_percent=model.rotary_percent,
         rotary_base=model.rotary_base,
+        **place,
     )
     for parameter in gpt.parameters():
         # The CPU initialization path of 0.19.2 leaves replicated parameters without attributes.

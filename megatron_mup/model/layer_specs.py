@@ -202,11 +202,15 @@ def check_implementation(model: ModelConfig) -> None:
 
 
 def block_spec(
-    model: ModelConfig, config: TransformerConfig, residual_multiplier: float
+    model: ModelConfig,
+    config: TransformerConfig,
+    residual_multiplier: float,
+    *,
+    vp_stage: int | None = None,
 ) -> TransformerBlockSubmodules:
-    """Spec of this pipeline stage's layers and of the final norm."""
+    """Spec of this pipeline stage's (or chunk's) layers and of the final norm."""
     # One spec object for all layers, so that they share its rotary tables.
-    layers = [layer_spec(model, residual_multiplier)] * get_num_layers_to_build(config)
+    layers = [layer_spec(model, residual_multiplier)] * get_num_layers_to_build(config, vp_stage)
     if model.transformer_impl is TransformerImpl.TRANSFORMER_ENGINE:
         from megatron.core.extensions.transformer_engine import TENorm
 

@@ -22,13 +22,6 @@ _FUSED_NORMS = {
 _EMBEDDING, _UNEMBEDDING = "embedding.word_embeddings.weight", "output_layer.weight"
 
 
-def strip_wrappers(name: str) -> str:
-    """Drop the ``module.`` prefixes of DDP and Float16Module."""
-    while name.startswith("module."):
-        name = name.removeprefix("module.")
-    return name
-
-
 def canonical_names(model: torch.nn.Module) -> dict[str, str]:
     """Map each trainable parameter's local name to the name in the table.
 

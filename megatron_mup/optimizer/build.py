@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,8 +29,8 @@ def optimizer_config(run: RunConfig) -> OptimizerConfig:
         lion_beta1=section.lion_beta1,
         lion_beta2=section.lion_beta2,
         clip_grad=section.clip_grad,
-        bf16=run.training.bf16,
-        params_dtype=torch.bfloat16 if run.training.bf16 else torch.float32,
+        bf16=run.precision.bf16,
+        params_dtype=torch.bfloat16 if run.precision.bf16 else torch.float32,
     )
 
 
@@ -37,16 +38,16 @@ def build_optimizer(
     run: RunConfig,
     table: ParameterTable,
     *,
-    bare_model: torch.nn.Module,
-    wrapped_model: torch.nn.Module,
+    model_chunks: Sequence[torch.nn.Module],
+    wrapped_chunks: Sequence[torch.nn.Module],
 ) -> Any:
     """Megatron's optimizer with one group per distinct (LR, decay, eps).
 
     Args:
         run: the run's configuration.
         table: its resolved parameter table.
-        bare_model: GPTModel before wrapping, for the names.
-        wrapped_model: the same model in DDP, which holds the gradient buffers.
+        model_chunks: GPTModel of each chunk before wrapping, for the names.
+        wrapped_chunks: the same chunks in DDP, which hold the gradient buffers.
 
     Returns:
         A ``MegatronOptimizer``; its groups' LR and decay are set by ``apply_schedule``.
@@ -55,14 +56,14 @@ def build_optimizer(
     correct_optimizer_factory()
     numbers = run.optimizer.numbers
     overrides = config_overrides(
-        bare_model,
+        model_chunks,
         table,
         defaults=GroupNumbers(numbers.lr, numbers.weight_decay, numbers.eps),
         min_lr_ratio=run.schedule.min_lr_ratio,
     )
     return get_megatron_optimizer(
         optimizer_config(run),
-        [wrapped_model],
+        list(wrapped_chunks),
         config_overrides=overrides,
         use_gloo_process_groups=not platform.has_cuda(),
     )

@@ -7,6 +7,7 @@ is looked up in the table first, so none falls back to a default unseen. Decay g
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,7 @@ from megatron.core.optimizer import ParamKey
 from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
 
 from megatron_mup.errors import ParameterizationError
-from megatron_mup.model.naming import rows_of_parameters, strip_wrappers
+from megatron_mup.model.naming import rows_of_parameters
 from megatron_mup.parameterization.table import ParameterTable, TableRow
 
 Override = dict[str, float]
@@ -65,7 +66,7 @@ def parameter_groups(
 
 
 def config_overrides(
-    model: torch.nn.Module,
+    model_chunks: Sequence[torch.nn.Module],
     table: ParameterTable,
     *,
     defaults: GroupNumbers,
@@ -77,7 +78,7 @@ def config_overrides(
     first, as in a stock run, so the gradient norm is summed in stock's order.
 
     Args:
-        model: unwrapped GPTModel.
+        model_chunks: unwrapped GPTModels, the chunks of this rank.
         table: resolved parameter table.
         defaults: the optimizer configuration's LR, weight decay (lambda) and eps.
         min_lr_ratio: final schedule factor; ``min_lr`` is informative, our schedule sets the LR.
@@ -87,7 +88,7 @@ def config_overrides(
     """
     overrides: dict[ParamKey, Override] = {}
     decay = defaults.weight_decay
-    for numbers, names in parameter_groups(model, table).items():
+    for numbers, members in _members(model_chunks, table).items():
         if numbers == defaults:
             continue
         label = f"mup:lr={numbers.lr!r},wd={numbers.weight_decay!r},eps={numbers.eps!r}"
@@ -100,13 +101,30 @@ def config_overrides(
         # ParamGroupOverride (0.19.2) does not declare eps, but the optimizer's group takes it.
         if numbers.eps is not None:
             override["eps"] = numbers.eps
-        overrides[ParamKey(with_name_predicate=_named(label, names))] = override
+        overrides[ParamKey(with_name_predicate=_holding(label, members))] = override
     return overrides
 
 
-def _named(label: str, names: frozenset[str]) -> ParamWithNamePredicate:
-    """A predicate that matches exactly these local names, wrapped or not."""
+def _members(
+    model_chunks: Sequence[torch.nn.Module], table: ParameterTable
+) -> dict[GroupNumbers, list[torch.nn.Parameter]]:
+    """Parameters of this rank by the numbers they share."""
+    members: dict[GroupNumbers, list[torch.nn.Parameter]] = {}
+    for chunk in model_chunks:
+        parameters = dict(chunk.named_parameters())
+        for numbers, names in parameter_groups(chunk, table).items():
+            members.setdefault(numbers, []).extend(parameters[name] for name in sorted(names))
+    return members
+
+
+def _holding(label: str, members: list[torch.nn.Parameter]) -> ParamWithNamePredicate:
+    """A predicate that matches exactly these parameters.
+
+    By identity: the chunks of a virtual pipeline use the same local names for different layers,
+    and neither DDP nor Float16Module replaces a parameter.
+    """
+    by_identity = {id(parameter): parameter for parameter in members}
     # Upstream tells predicates apart by name alone (0.19.2), hence the numbers in the label.
     return ParamWithNamePredicate(
-        name=label, fn=lambda _parameter, name: strip_wrappers(name) in names
+        name=label, fn=lambda parameter, _name: id(parameter) in by_identity
     )

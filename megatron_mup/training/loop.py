@@ -40,7 +40,8 @@ from megatron_mup.training.processes import (
     sum_over_data_parallel,
 )
 from megatron_mup.training.profiler import step_profiler
-from megatron_mup.training.step import TrainState, build_state, evaluate_batches, train_step
+from megatron_mup.training.state import TrainState, build_state
+from megatron_mup.training.step import evaluate_batches, train_step
 
 Print = Callable[[str], None]
 

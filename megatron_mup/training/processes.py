@@ -125,7 +125,10 @@ def parallel_processes(run: RunConfig, launch: Launch) -> Iterator[None]:
         _init_process_group(launch)
     try:
         parallel_state.initialize_model_parallel(
-            run.parallel.tensor_model_parallel_size, run.parallel.pipeline_model_parallel_size
+            run.parallel.tensor_model_parallel_size,
+            run.parallel.pipeline_model_parallel_size,
+            run.parallel.virtual_pipeline_model_parallel_size,
+            context_parallel_size=run.parallel.context_parallel_size,
         )
         tensor_parallel.model_parallel_cuda_manual_seed(run.training.seed)
         yield

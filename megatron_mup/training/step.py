@@ -6,62 +6,24 @@ Shape suffixes: B microbatch, S sequence.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import tee
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
 from megatron_mup import platform
-from megatron_mup.config import LossDenominator, RunConfig
-from megatron_mup.model.gpt import build_model
-from megatron_mup.optimizer.build import apply_schedule, build_optimizer
+from megatron_mup.config import LossDenominator
+from megatron_mup.optimizer.build import apply_schedule
+from megatron_mup.optimizer.guard import Veto
 from megatron_mup.optimizer.schedule import run_factor
-from megatron_mup.parameterization.table import ParameterTable
 from megatron_mup.training.batches import Batch
-
-
-@dataclass
-class TrainState:
-    """What a step changes: model, optimizer and counters.
-
-    ``bare_model`` is the GPTModel, ``wrapped_model`` the same parameters in DDP.
-    """
-
-    run: RunConfig
-    table: ParameterTable
-    bare_model: torch.nn.Module
-    wrapped_model: Any
-    optimizer: Any
-    iteration: int = 0
-    consumed_samples: int = 0
-
-
-def build_state(run: RunConfig) -> TrainState:
-    """Build model, gradient buffers and optimizer of this process.
-
-    Needs the parallel state of ``processes.parallel_processes``.
-    """
-    table = run.table
-    bare = build_model(run, table)
-    config: Any = bare.config
-    wrapped = Float16Module(config, bare) if run.training.bf16 else bare
-    buffers = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
-    ddp = DistributedDataParallel(config, buffers, wrapped)
-    optimizer = build_optimizer(run, table, bare_model=bare, wrapped_model=ddp)
-    config.no_sync_func = ddp.no_sync
-    config.finalize_model_grads_func = finalize_model_grads
-    config.grad_scale_func = optimizer.scale_loss
-    return TrainState(run, table, bare, ddp, optimizer)
+from megatron_mup.training.state import TrainState
 
 
 def loss_function(
@@ -99,10 +61,13 @@ def _run_schedule(
         [loss sum, unmasked tokens] of this rank; zeros on stages without the loss.
     """
     run = state.run
+    chunks = state.wrapped_chunks
+    # Each model chunk walks through all microbatches on its own.
+    iterators = list(tee(batches, len(chunks)))
     reports = get_forward_backward_func()(
         forward_step_func=partial(_forward_step, run.training.loss_denominator),
-        data_iterator=batches,
-        model=[state.wrapped_model],
+        data_iterator=iterators if len(chunks) > 1 else iterators[0],
+        model=chunks,
         num_microbatches=count,
         seq_length=run.model.seq_length,
         micro_batch_size=run.training.micro_batch_size,
@@ -121,35 +86,69 @@ class StepReport:
         loss_sum_and_tokens: this rank's [loss sum, unmasked tokens].
         grad_norm: global gradient norm before clipping.
         factor: s(t) that the step used.
+        updated: False if the update was vetoed.
     """
 
     loss_sum_and_tokens: Tensor
     grad_norm: float
     factor: float
+    updated: bool
 
 
-def train_step(state: TrainState, batches: Iterator[Batch], num_microbatches: int) -> StepReport:
+Judge = Callable[[Tensor, float], bool]
+"""Given this rank's [loss sum, tokens] and the global gradient norm: leave the update out?"""
+
+
+def train_step(
+    state: TrainState,
+    batches: Iterator[Batch],
+    num_microbatches: int,
+    *,
+    judge: Judge | None = None,
+) -> StepReport:
     """One optimizer step; advances ``state.iteration`` but not the sample count.
 
     Args:
         state: model and optimizer, changed in place.
         batches: this rank's microbatches.
         num_microbatches: how many of them make the step.
+        judge: asked before the update; must answer alike on every rank.
     """
     factor = run_factor(state.run, state.iteration)
     apply_schedule(state.optimizer, factor, weight_decay=state.run.optimizer.weight_decay)
-    state.wrapped_model.zero_grad_buffer()
+    for chunk in state.wrapped_chunks:
+        chunk.zero_grad_buffer()
     state.optimizer.zero_grad()
     report = _run_schedule(state, batches, num_microbatches, forward_only=False)
-    _, grad_norm, _ = state.optimizer.step()
+    veto: Veto | None = None if judge is None else partial(judge, report)
+    updated, grad_norm = state.guard.step(veto)
     state.iteration += 1
-    return StepReport(report, float(grad_norm), factor)
+    return StepReport(report, grad_norm, factor, updated)
 
 
 @torch.no_grad()
 def evaluate_batches(state: TrainState, batches: Iterator[Batch], num_microbatches: int) -> Tensor:
     """Loss of ``num_microbatches`` microbatches without training; this rank's [sum, tokens]."""
-    state.wrapped_model.eval()
-    report = _run_schedule(state, batches, num_microbatches, forward_only=True)
-    state.wrapped_model.train()
+    with gathered_parameters(state):
+        for chunk in state.wrapped_chunks:
+            chunk.eval()
+        report = _run_schedule(state, batches, num_microbatches, forward_only=True)
+        for chunk in state.wrapped_chunks:
+            chunk.train()
     return report
+
+
+@contextmanager
+def gathered_parameters(state: TrainState) -> Iterator[None]:
+    """Have all parameters up to date on this rank, for evaluation and saving.
+
+    With ``overlap_param_gather`` they are otherwise gathered by the next training forward pass.
+    """
+    overlapped = state.run.parallel.overlap_param_gather
+    for chunk in state.wrapped_chunks if overlapped else []:
+        chunk.disable_forward_pre_hook(param_sync=True)
+    try:
+        yield
+    finally:
+        for chunk in state.wrapped_chunks if overlapped else []:
+            chunk.enable_forward_pre_hook()

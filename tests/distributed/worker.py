@@ -24,7 +24,8 @@ from megatron_mup.training.processes import (
     parallel_processes,
     sum_over_data_parallel,
 )
-from megatron_mup.training.step import TrainState, build_state, train_step
+from megatron_mup.training.state import TrainState, build_state
+from megatron_mup.training.step import train_step
 from tests.configurations import tiny
 from tests.random_samples import RandomSamples
 
@@ -33,9 +34,9 @@ STEPS = 10
 
 def logical_weights(state: TrainState) -> dict[str, np.ndarray]:
     """This rank's part of every logical tensor, by logical name."""
-    parameters = dict(state.bare_model.named_parameters())
+    parameters = dict(state.model_chunks[0].named_parameters())
     weights = {}
-    for local, rows in rows_of_parameters(state.bare_model, state.table).items():
+    for local, rows in rows_of_parameters(state.model_chunks[0], state.table).items():
         for row in rows:
             view = part_view(parameters[local].detach(), row.tensor.part, state.run.model.shape)
             # QKV views are grouped, [G, rows, M]; the logical matrix has its rows in that order.

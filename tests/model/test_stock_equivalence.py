@@ -12,7 +12,8 @@ from megatron_mup.config import RunConfig
 from megatron_mup.model.layer_specs import SdpaCoreAttention
 from megatron_mup.training.batches import micro_batches
 from megatron_mup.training.processes import Launch, parallel_processes
-from megatron_mup.training.step import TrainState, build_state, train_step
+from megatron_mup.training.state import TrainState, build_state
+from megatron_mup.training.step import train_step
 from tests.configurations import tiny
 from tests.random_samples import RandomSamples
 from tests.stock_gpt import StockShape, StockTraining, stock_model, stock_step, stock_training
@@ -107,17 +108,17 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 
 def assert_trains_like_stock(state: TrainState, stock_gpt: Any) -> None:
     """Five steps of both from the stock weights: every number equal, bit for bit."""
-    copy_weights(stock_gpt, state.bare_model)
+    copy_weights(stock_gpt, state.model_chunks[0])
     stock = train_stock(stock_gpt)
-    assert torch.equal(logits(state.bare_model), logits(stock_gpt))
+    assert torch.equal(logits(state.model_chunks[0]), logits(stock_gpt))
     for step in range(_STEPS):
         batches = batches_of(step)
         stock_numbers = group_numbers(stock_gpt, stock.optimizer)
         report = train_step(state, iter(batches), len(batches))
-        assert group_numbers(state.bare_model, state.optimizer) == stock_numbers
+        assert group_numbers(state.model_chunks[0], state.optimizer) == stock_numbers
         assert float(report.loss_sum_and_tokens[0]) == stock_step(stock, batches)
-        assert_same(gradients(state.bare_model), gradients(stock_gpt))
-        assert_same(parameters(state.bare_model), parameters(stock_gpt))
+        assert_same(gradients(state.model_chunks[0]), gradients(stock_gpt))
+        assert_same(parameters(state.model_chunks[0]), parameters(stock_gpt))
 
 
 @pytest.mark.parametrize("variant", TRAINED)
@@ -140,7 +141,7 @@ def test_the_fused_attention_is_the_only_change_that_sdpa_makes(variant: str) ->
 def test_initial_weights_have_the_spread_of_stock_megatron(variant: str) -> None:
     run, shape = at_base(variant)
     with parallel_processes(run, Launch()):
-        own = parameters(build_state(run).bare_model)
+        own = parameters(build_state(run).model_chunks[0])
         stock = parameters(stock_model(shape))
     assert own.keys() == stock.keys()
     for name, weight in stock.items():
@@ -167,11 +168,11 @@ def test_a_wider_model_is_not_stock_megatron() -> None:
     with parallel_processes(run, Launch()):
         state = build_state(run)
         stock_gpt = stock_model(shape)
-        copy_weights(stock_gpt, state.bare_model)
+        copy_weights(stock_gpt, state.model_chunks[0])
         stock = train_stock(stock_gpt)
         train_step(state, iter(batches_of(0)), 2)
         stock_step(stock, batches_of(0))
-        own, other = parameters(state.bare_model), parameters(stock_gpt)
+        own, other = parameters(state.model_chunks[0]), parameters(stock_gpt)
     qkv = "decoder.layers.0.self_attention.linear_qkv.weight"
     assert not torch.equal(own[qkv], other[qkv])
     # Embeddings keep the base LR at every width.

@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_mup.config import RunConfig
 from megatron_mup.training.processes import Launch, parallel_processes
-from megatron_mup.training.step import TrainState, build_state
+from megatron_mup.training.state import TrainState, build_state
 
 
 @contextmanager
@@ -25,4 +25,4 @@ def group_of(state: TrainState) -> dict[str, dict[str, Any]]:
         for parameter in group["params"]:
             assert id(parameter) not in groups
             groups[id(parameter)] = group
-    return {name: groups[id(p)] for name, p in state.bare_model.named_parameters()}
+    return {name: groups[id(p)] for name, p in state.model_chunks[0].named_parameters()}

@@ -13,7 +13,7 @@ import torch
 
 from megatron_mup.optimizer.build import apply_schedule
 from megatron_mup.optimizer.schedule import run_factor
-from megatron_mup.training.step import TrainState
+from megatron_mup.training.state import TrainState
 from tests.configurations import tiny
 from tests.optimizer.built_runs import built, group_of
 
@@ -33,13 +33,13 @@ def shrinkage(state: TrainState) -> dict[str, list[float]]:
     removed: dict[str, list[float]] = {name: [] for name in group_of(state)}
     for step in range(6):
         # From ones, so that the fraction is the difference, to fp32's last bits.
-        for parameter in state.bare_model.parameters():
+        for parameter in state.model_chunks[0].parameters():
             parameter.data.fill_(1.0)
         apply_schedule(state.optimizer, run_factor(state.run, step), weight_decay=0.01)
-        state.wrapped_model.zero_grad_buffer()
+        state.wrapped_chunks[0].zero_grad_buffer()
         state.optimizer.zero_grad()
         state.optimizer.step()
-        for name, parameter in state.bare_model.named_parameters():
+        for name, parameter in state.model_chunks[0].named_parameters():
             values = 1.0 - parameter.detach().double()
             assert torch.equal(values, values.flatten()[0].expand_as(values))
             removed[name].append(values.flatten()[0].item())

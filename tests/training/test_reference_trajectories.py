@@ -22,7 +22,8 @@ from megatron_mup.model.initialization import part_view
 from megatron_mup.model.naming import canonical_names
 from megatron_mup.parameterization.roles import by_parameter, logical_tensors
 from megatron_mup.training.processes import Launch, parallel_processes
-from megatron_mup.training.step import TrainState, build_state, train_step
+from megatron_mup.training.state import TrainState, build_state
+from megatron_mup.training.step import train_step
 
 _ARCHIVE = np.load(Path(__file__).parent / "trajectories_width128.npz")
 _RESULTS: dict[str, Any] = json.loads(str(_ARCHIVE["result"]))
@@ -130,8 +131,8 @@ def load_logical(state: TrainState, weights: dict[str, torch.Tensor]) -> None:
     """Overwrite the model's weights by logical name."""
     shape = state.run.model.shape
     tensors = by_parameter(logical_tensors(shape))
-    parameters = dict(state.bare_model.named_parameters())
-    for local, name in canonical_names(state.bare_model).items():
+    parameters = dict(state.model_chunks[0].named_parameters())
+    for local, name in canonical_names(state.model_chunks[0]).items():
         for tensor in tensors[name]:
             if tensor.name in weights:
                 view = part_view(parameters[local].data, tensor.part, shape)
@@ -166,7 +167,7 @@ def trajectory(run: RunConfig, result: dict[str, Any]) -> tuple[list[float], lis
             total, tokens = report.loss_sum_and_tokens.tolist()
             losses.append(total / tokens)
             norms.append(report.grad_norm)
-        final = {n: p.detach().clone() for n, p in state.bare_model.named_parameters()}
+        final = {n: p.detach().clone() for n, p in state.model_chunks[0].named_parameters()}
     return losses, norms, final
 
 

@@ -1,0 +1,81 @@
+"""What a training step changes, and how it is built for one rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.transformer.module import Float16Module
+
+from megatron_mup.config import RunConfig
+from megatron_mup.model.gpt import build_model
+from megatron_mup.optimizer.build import build_optimizer
+from megatron_mup.optimizer.guard import UpdateGuard
+from megatron_mup.parameterization.table import ParameterTable
+
+
+@dataclass
+class TrainState:
+    """Model, optimizer and counters of one rank.
+
+    Attributes:
+        run: the run's configuration.
+        table: its resolved parameter table.
+        model_chunks: GPTModel of each chunk on this rank; one, unless the pipeline is virtual.
+        wrapped_chunks: the same parameters in DDP.
+        optimizer: Megatron's; its update goes through ``guard``.
+        guard: may veto an update.
+        iteration: finished iterations, skipped ones included.
+        consumed_samples: sequences read, those of skipped iterations included.
+        skipped_iterations: iterations whose update was left out.
+    """
+
+    run: RunConfig
+    table: ParameterTable
+    model_chunks: list[torch.nn.Module]
+    wrapped_chunks: list[Any]
+    optimizer: Any
+    guard: UpdateGuard
+    iteration: int = 0
+    consumed_samples: int = 0
+    skipped_iterations: int = 0
+
+
+def build_state(run: RunConfig) -> TrainState:
+    """Build model, gradient buffers and optimizer of this process.
+
+    Needs the parallel state of ``processes.parallel_processes``.
+    """
+    table = run.table
+    chunks = [build_model(run, table, chunk=chunk) for chunk in range(run.parallel.model_chunks)]
+    wrapped = [_wrap(run, chunk, first=index == 0) for index, chunk in enumerate(chunks)]
+    optimizer = build_optimizer(run, table, model_chunks=chunks, wrapped_chunks=wrapped)
+    # The schedules read these from the first chunk's configuration.
+    config: Any = chunks[0].config
+    no_sync = [chunk.no_sync for chunk in wrapped]
+    config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+    config.finalize_model_grads_func = finalize_model_grads
+    config.grad_scale_func = optimizer.scale_loss
+    return TrainState(run, table, chunks, wrapped, optimizer, UpdateGuard(optimizer))
+
+
+def _wrap(run: RunConfig, chunk: torch.nn.Module, *, first: bool) -> DistributedDataParallel:
+    """Gradient buffers of one chunk."""
+    config: Any = chunk.config
+    module = Float16Module(config, chunk) if run.precision.bf16 else chunk
+    parallel = run.parallel
+    buffers = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+        fp8_param_gather=run.precision.fp8_param_gather,
+    )
+    # Later chunks' reductions are hidden behind other chunks' work whole: no need for buckets.
+    return DistributedDataParallel(config, buffers, module, disable_bucketing=not first)
