@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +12,8 @@ import torch
 import typer
 
 from megatron_mup.benchmark.compare import SIZES, compare
-from megatron_mup.benchmark.report import circumstances, document, table, write
+from megatron_mup.benchmark.loop_cost import LoopCost, loop_cost
+from megatron_mup.benchmark.report import circumstances, document, loop_table, table, write
 from megatron_mup.errors import ConfigError, MupError
 
 EXIT_TOO_SLOW = 1
@@ -36,10 +38,11 @@ def measure_and_report(
     _check(pairs, threads, output)
     torch.set_num_threads(threads)
     comparisons = compare(SIZES, pairs=pairs, echo=typer.echo)
+    costs = _loop_costs(steps=max(3, pairs // 10))
     command = f"python -m megatron_mup.benchmark --pairs {pairs} --threads {threads}"
     # The page is kept even when a limit is missed: a negative result is a result.
-    write(output, document(comparisons, circumstances(command)))
-    typer.echo(table(comparisons))
+    write(output, document(comparisons, costs, circumstances(command)))
+    typer.echo(f"{table(comparisons)}\n\n{loop_table(costs)}")
     missed = [row for row in comparisons if not row.met]
     for row in missed:
         typer.echo(
@@ -47,8 +50,21 @@ def measure_and_report(
             f"{row.ratio.high:.3f}, more than {row.limit:.2f}",
             err=True,
         )
-    if missed:
+    for cost in costs:
+        if not cost.met:
+            typer.echo(f"the loop takes {cost.share:.1%} of a step ({cost.model})", err=True)
+    if missed or not all(cost.met for cost in costs):
         raise typer.Exit(EXIT_TOO_SLOW)
+
+
+def _loop_costs(*, steps: int) -> list[LoopCost]:
+    """The loop's share of a step for every size."""
+    costs = []
+    with tempfile.TemporaryDirectory() as folder:
+        for model, run in SIZES.items():
+            typer.echo(f"training loop, {model}: {steps} steps")
+            costs.append(loop_cost(run, model, Path(folder), steps=steps))
+    return costs
 
 
 def main() -> None:

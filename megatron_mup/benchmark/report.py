@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from megatron_mup import __version__
+from megatron_mup.benchmark.loop_cost import LoopCost
 from megatron_mup.benchmark.measure import Ratio
 from megatron_mup.data.publication import publish_text
 from megatron_mup.errors import ConfigError
@@ -89,6 +90,12 @@ _HEADER = (
 )
 
 
+_LOOP_HEADER = (
+    "| model | steps | step | schedule and optimizer | loop's share | at most | met |\n"
+    "|---|---|---|---|---|---|---|"
+)
+
+
 def table(comparisons: Sequence[Comparison]) -> str:
     """Markdown table with one row per comparison."""
     rows = [
@@ -101,11 +108,24 @@ def table(comparisons: Sequence[Comparison]) -> str:
     return "\n".join([_HEADER, *rows])
 
 
-def document(comparisons: Sequence[Comparison], where: Circumstances) -> str:
+def loop_table(costs: Sequence[LoopCost]) -> str:
+    """Markdown table of what the training loop costs, one row per model."""
+    rows = [
+        f"| {cost.model} | {cost.steps} | {cost.step_seconds:.3f} | {cost.engine_seconds:.3f} "
+        f"| {cost.share:.2%} | {cost.limit:.0%} | {'yes' if cost.met else 'NO'} |"
+        for cost in costs
+    ]
+    return "\n".join([_LOOP_HEADER, *rows])
+
+
+def document(
+    comparisons: Sequence[Comparison], costs: Sequence[LoopCost], where: Circumstances
+) -> str:
     """The whole page of a measurement, Markdown.
 
     Args:
-        comparisons: rows of the table.
+        comparisons: rows of the first table.
+        costs: rows of the second.
         where: machine, versions, commit, date and command of the measurement.
     """
     return f"""# Speed of a training step
@@ -115,6 +135,11 @@ second; a ratio above 1 means that the step in the first column needs more than 
 second.
 
 {table(comparisons)}
+
+The loop around the step, in seconds of wall clock (medians); the loop's share is everything but
+Megatron's pipeline schedule and optimizer step.
+
+{loop_table(costs)}
 
 | | |
 |---|---|

@@ -42,3 +42,36 @@ def check_training_data(run: RunConfig) -> None:
                     f"model.seq_length {run.model.seq_length} + 1; use more text or a shorter "
                     "sequence"
                 )
+
+
+def check_epochs(run: RunConfig, train_samples: int) -> dict[str, float]:
+    """How often a run reads each training shard.
+
+    Args:
+        run: the run's configuration; ``data.max_epochs`` is the limit.
+        train_samples: sequences that the whole run asks for.
+
+    Returns:
+        Prefix -> epochs; above 1, documents are repeated.
+
+    Raises:
+        DataError: more epochs than ``data.max_epochs``: the data runs out.
+    """
+    prefixes, weights = parse_blend(run.data.train_data_path)
+    tokens = [open_shard(Path(prefix)).tokens for prefix in prefixes]
+    # Without weights, Megatron blends shards by their length: all are read equally often.
+    shares = tokens if weights is None else weights
+    needed = train_samples * run.model.seq_length
+    epochs = {
+        prefix: needed * share / sum(shares) / count
+        for prefix, share, count in zip(prefixes, shares, tokens, strict=True)
+    }
+    limit = run.data.max_epochs
+    worst = max(epochs, key=lambda prefix: epochs[prefix])
+    if limit is not None and epochs[worst] > limit:
+        raise DataError(
+            f"the training data runs out: {run.planned_iters} iterations read '{worst}' "
+            f"{epochs[worst]:.2f} times, data.max_epochs is {limit:g}; shorten "
+            "training.train_iters, add shards, or raise data.max_epochs"
+        )
+    return epochs

@@ -10,6 +10,7 @@ import torch
 
 from megatron_mup.benchmark import __main__ as command
 from megatron_mup.benchmark import compare as comparing
+from megatron_mup.benchmark import loop_cost
 from megatron_mup.benchmark.compare import compare
 from megatron_mup.benchmark.contestants import (
     TrainStep,
@@ -95,6 +96,7 @@ def test_a_slowed_model_is_reported_as_slower() -> None:
 def test_the_command_keeps_and_prints_the_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(loop_cost, "LIMIT", 1.0)
     monkeypatch.setattr(comparing, "STOCK_LIMIT", 100.0)
     monkeypatch.setattr(comparing, "PLAIN_LIMIT", 100.0)
     page = tmp_path / "page.md"
@@ -103,6 +105,9 @@ def test_the_command_keeps_and_prints_the_table(
     rows = [line for line in page.read_text().splitlines() if line.startswith("| muP |")]
     assert [row.split(" | ")[1] for row in rows] == ["stock Megatron-Core", "plain PyTorch"]
     assert all(row.endswith("| 100.00 | yes |") for row in rows)
+    (loop_row,) = [line for line in page.read_text().splitlines() if line.startswith("| tiny | 3 ")]
+    share = float(loop_row.split(" | ")[4].removesuffix("%"))
+    assert 0 < share < 100
     printed = capsys.readouterr().out
     assert all(row in printed for row in rows)
     assert "python -m megatron_mup.benchmark --pairs 4 --threads 1" in page.read_text()
@@ -111,14 +116,16 @@ def test_the_command_keeps_and_prints_the_table(
 def test_a_missed_demand_is_kept_named_and_ends_with_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(loop_cost, "LIMIT", 0.0)
     monkeypatch.setattr(comparing, "STOCK_LIMIT", 0.01)
     monkeypatch.setattr(comparing, "PLAIN_LIMIT", 100.0)
     page = tmp_path / "page.md"
     code = run_command(monkeypatch, "--pairs", "2", "--threads", "1", "--output", str(page))
     assert code == 1
     assert "| 0.01 | NO |" in page.read_text()
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("muP against stock Megatron-Core (tiny): the interval ends at")
+    slow, loop = capsys.readouterr().err.splitlines()
+    assert slow.startswith("muP against stock Megatron-Core (tiny): the interval ends at")
+    assert loop.startswith("the loop takes ")
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_mup.benchmark import report
+from megatron_mup.benchmark.loop_cost import LoopCost
 from megatron_mup.benchmark.measure import Ratio
 from megatron_mup.benchmark.report import Circumstances, Comparison, document, table, write
 from megatron_mup.errors import ConfigError
@@ -35,7 +36,11 @@ def test_the_page_names_machine_versions_commit_date_and_command() -> None:
     where = Circumstances(
         machine="a processor, 2 cores", software="torch 2", commit="abc", date="today", command="go"
     )
-    page = document([comparison(1.05)], where)
+    cost = LoopCost(
+        model="11M", step_seconds=1.5, engine_seconds=1.485, share=0.01, steps=20, limit=0.02
+    )
+    page = document([comparison(1.05)], [cost], where)
+    assert "| 11M | 20 | 1.500 | 1.485 | 1.00% | 2% | yes |" in page
     for line in ("| machine | a processor, 2 cores |", "| commit | abc |", "| command | `go` |"):
         assert line in page
     assert "| versions | torch 2 |" in page
