@@ -16,6 +16,7 @@ from typing import Annotated
 import typer
 
 from megatron_mup import __version__
+from megatron_mup.config import RunConfig
 from megatron_mup.data.commands import app as data_app
 from megatron_mup.errors import ConfigError, MupError
 
@@ -32,7 +33,6 @@ ConfigOption = Annotated[
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="key=value or section.key=value", metavar="KEY=VALUE")
 ]
-EXIT_DIVERGED = 3
 
 
 def _require_config(path: Path | None) -> Path:
@@ -63,26 +63,56 @@ def train(
             help="Print the YAML for a Megatron-LM command line instead of training.",
         ),
     ] = None,
+    dry: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Check and print what would be; no GPU, nothing is written."
+        ),
+    ] = False,
+    world_size: Annotated[
+        int | None,
+        typer.Option("--world-size", help="Ranks of the dry run; unset: the fewest that fit."),
+    ] = None,
 ) -> None:
     """Train a GPT as configured; launch with python, torchrun or srun."""
+    if world_size is not None and not dry:
+        raise ConfigError(
+            f"--world-size {world_size} is for --dry-run; the launcher (torchrun, srun) says how "
+            "many ranks train"
+        )
     if from_megatron_args is not None:
-        _refuse_with_translation(config, overrides or [])
-        from megatron_mup.megatron_args import translate
-
-        translation = translate(from_megatron_args)
-        # Notes go to stderr, so that stdout can be redirected into a configuration file.
-        typer.echo(translation.yaml)
-        for line in translation.unmapped:
-            typer.echo(line, err=True)
+        others = [*(overrides or []), *(["--dry-run"] if dry else [])]
+        _refuse_with_translation(config, others)
+        _print_translation(from_megatron_args)
         return
     from megatron_mup.config_io import load_config
 
     run = load_config(_require_config(config), overrides or [])
+    if dry:
+        _print_dry_run(run, world_size)
+        return
     from megatron_mup.training.loop import train as run_training
 
     result = run_training(run, echo=typer.echo)
-    if result.diverged:
-        raise typer.Exit(EXIT_DIVERGED)
+    if result.exit_code:
+        raise typer.Exit(result.exit_code)
+
+
+def _print_translation(flags: str) -> None:
+    from megatron_mup.megatron_args import translate
+
+    translation = translate(flags)
+    # Notes go to stderr, so that stdout can be redirected into a configuration file.
+    typer.echo(translation.yaml)
+    for line in translation.unmapped:
+        typer.echo(line, err=True)
+
+
+def _print_dry_run(run: RunConfig, world_size: int | None) -> None:
+    from megatron_mup.dry_run import dry_run
+    from megatron_mup.dry_run_report import render
+
+    typer.echo(render(dry_run(run, world_size=world_size)))
 
 
 @app.command()
@@ -108,6 +138,20 @@ def doctor(
 
     report = module.collect()
     typer.echo(json.dumps(asdict(report), indent=1) if as_json else module.render(report))
+
+
+@app.command()
+def status(
+    folder: Annotated[Path, typer.Argument(help="Folder of checkpoint.save.", metavar="DIR")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Print a run's progress, last checkpoint, health and time left; ends with 1 if not healthy."""
+    from megatron_mup import status_report as module
+
+    report = module.inspect_folder(folder)
+    typer.echo(json.dumps(report.to_json(), indent=1) if as_json else module.render(report))
+    if not report.healthy:
+        raise typer.Exit(1)
 
 
 @app.command()

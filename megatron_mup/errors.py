@@ -8,11 +8,13 @@ a defect of this package.
 
 from __future__ import annotations
 
+from megatron_mup import exit_codes
+
 
 class MupError(Exception):
     """Base of all errors that are the user's to mend."""
 
-    exit_code: int = 2
+    exit_code: int = exit_codes.USER_ERROR
 
 
 class ConfigError(MupError):
@@ -33,3 +35,9 @@ class CheckpointError(MupError):
 
 class InstallationError(MupError):
     """The environment lacks something that was asked for (a package, a kernel, a device)."""
+
+
+class PeerLostError(MupError):
+    """Another rank of the job died or hung, so this one cannot go on."""
+
+    exit_code: int = exit_codes.LOST_PEERS

@@ -18,10 +18,13 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+
+logger = logging.getLogger(__name__)
 
 _CPU = torch.device("cpu")
 
@@ -47,6 +50,41 @@ def bind_device(local_rank: int) -> None:
         torch.cuda.set_device(local_rank % torch.cuda.device_count())
 
 
+_DETERMINISTIC = {
+    # cuBLAS: one workspace per stream (documented under torch.use_deterministic_algorithms).
+    "CUBLAS_WORKSPACE_CONFIG": (":4096:8", ":16:8"),
+    # NCCL: the choices that Megatron-LM accepts in deterministic mode; the first is taken.
+    "NCCL_ALGO": ("Ring", "Tree", "CollnetDirect", "CollnetChain", "^NVLS"),
+    # TransformerEngine's attention; megatron-core refuses deterministic_mode without it.
+    "NVTE_ALLOW_NONDETERMINISTIC_ALGO": ("0",),
+}
+"""Variables that make the libraries deterministic, with the values that do."""
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """Allow only algorithms that give the same bits every time, while the context lasts.
+
+    The libraries read the variables when they start, so enter it before CUDA is initialized. A
+    variable with another value is overwritten with a warning.
+    """
+    before = {name: os.environ.get(name) for name in _DETERMINISTIC}
+    strict = torch.are_deterministic_algorithms_enabled()
+    for name, values in _DETERMINISTIC.items():
+        given = before[name]
+        if given not in values:
+            os.environ[name] = values[0]
+        if given is not None and given not in values:
+            logger.warning(f"precision.deterministic_mode sets {name}={values[0]}; it was {given}")
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(strict)
+        for name, given in before.items():
+            os.environ.pop(name) if given is None else os.environ.update({name: given})
+
+
 def _keep_freed_memory() -> None:
     """Let glibc reuse freed activations instead of giving them back to the kernel each step.
 
@@ -69,12 +107,14 @@ class _CpuGenerators:
 
 
 def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """Wrap a tensor factory so that ``device="cuda"`` means the CPU."""
+    """Wrap a tensor factory so that ``device="cuda"`` means the CPU and nothing is pinned."""
 
     @functools.wraps(factory)
     def wrapped(*args: Any, **kwargs: Any) -> torch.Tensor:
         if kwargs.get("device") == "cuda":
             kwargs["device"] = _CPU
+        # rope_utils.py:62: pinned for the transfer to the GPU, which pinning alone already needs.
+        kwargs.pop("pin_memory", None)
         return factory(*args, **kwargs)
 
     return wrapped

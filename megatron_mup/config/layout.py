@@ -92,6 +92,11 @@ class ParallelConfig:
         return self.virtual_pipeline_model_parallel_size or 1
 
     @property
+    def virtual_stages(self) -> int | None:
+        """Megatron's virtual pipeline size; None for one chunk, whose schedule is the plain one."""
+        return self.model_chunks if self.model_chunks > 1 else None
+
+    @property
     def model_parallel_size(self) -> int:
         """Ranks that hold one copy of the model and one batch: tensor x pipeline x context."""
         return (
@@ -153,6 +158,12 @@ class PrecisionConfig:
                 "leave it out",
             )
         require_positive("precision", self, "fp8_amax_history_len")
+        require(
+            not self.first_last_layers_bf16 or self.fp8_recipe is not Fp8Recipe.DELAYED,
+            "precision.first_last_layers_bf16 cannot be combined with fp8_recipe=delayed, whose "
+            "maxima are reduced over all layers at once; set precision.fp8_recipe=tensorwise or "
+            "blockwise",
+        )
         for name in ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16", "fp8_margin"):
             value = getattr(self, name)
             require(value >= 0, f"precision.{name} is {value}; it must not be negative")

@@ -110,9 +110,24 @@ def _check_fp8(run: RunConfig) -> None:
             f"FP8 needs {name} ({size}) to be divisible by 16; change it or leave "
             "precision.fp8_format out",
         )
-    kept = precision.num_layers_at_start_in_bf16 + precision.num_layers_at_end_in_bf16
+    _check_bf16_layers(run)
+
+
+def _check_bf16_layers(run: RunConfig) -> None:
+    precision, model = run.precision, run.model
+    if not precision.first_last_layers_bf16:
+        return
+    start, end = precision.num_layers_at_start_in_bf16, precision.num_layers_at_end_in_bf16
+    per_stage = model.num_layers // run.parallel.pipeline_model_parallel_size
     require(
-        not precision.first_last_layers_bf16 or kept < model.num_layers,
+        max(start, end) <= per_stage,
+        f"precision.num_layers_at_start_in_bf16 {start} and num_layers_at_end_in_bf16 {end} must "
+        f"each fit into one pipeline stage of {per_stage} layers; lower them or "
+        "parallel.pipeline_model_parallel_size",
+    )
+    kept = start + end
+    require(
+        kept < model.num_layers,
         f"precision.first_last_layers_bf16 keeps {kept} layers in bf16 of model.num_layers "
         f"{model.num_layers}: nothing is left for FP8; lower num_layers_at_start_in_bf16 or "
         "num_layers_at_end_in_bf16",

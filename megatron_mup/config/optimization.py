@@ -93,7 +93,8 @@ class OptimizerSection:
             weight_decay=self.weight_decay,
             weight_decay_mode=self.weight_decay_mode,
             weight_decay_mask=self.weight_decay_mask,
-            eps=self.adam_eps if self.optimizer is OptimizerName.ADAM else None,
+            eps=None if self.optimizer is OptimizerName.LION else self.adam_eps,
+            orthogonalized=self.optimizer is OptimizerName.MUON,
         )
 
 

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_mup import platform
 from megatron_mup.config import RunConfig
+from megatron_mup.data.cache_safety import guarded_cache
 from megatron_mup.data.shards import open_shard
 from megatron_mup.errors import DataError
 
@@ -121,22 +123,21 @@ def build_datasets(
         Training samples, held-out samples.
 
     Raises:
-        DataError: a shard is missing or damaged.
+        DataError: a shard is missing or damaged, or the index cache holds what no index is.
     """
     platform.prepare()
-    from megatron.core.datasets.blended_megatron_dataset_builder import (
-        BlendedMegatronDatasetBuilder,
-    )
+    from megatron.core.datasets import blended_megatron_dataset_builder as blending
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
     train = parse_blend(run.data.train_data_path)
     valid = parse_blend(run.data.valid_data_path) if valid_samples else None
+    cache = Path(run.data.data_cache_path or Path(train[0][0]).parent / "cache")
     config = GPTDatasetConfig(
         random_seed=run.training.seed,
         sequence_length=run.model.seq_length,
         # Held-out text is a shard of its own, so that no split changes with the number of samples.
         blend_per_split=[train, valid, None],
-        path_to_cache=run.data.data_cache_path or str(Path(train[0][0]).parent / "cache"),
+        path_to_cache=str(cache),
         tokenizer=_shard_tokenizer(run, *(blend for blend in (train, valid) if blend)),
         reset_position_ids=False,
         reset_attention_mask=False,
@@ -144,6 +145,12 @@ def build_datasets(
         create_attention_mask=False,
     )
     sizes = [train_samples, valid_samples, 0]
-    builder = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config)
-    train_set, valid_set, _ = builder.build()
+    builder = blending.BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config)
+    with guarded_cache(cache, builds=_builds_cache()):
+        train_set, valid_set, _ = builder.build()
     return train_set, valid_set
+
+
+def _builds_cache() -> bool:
+    """Upstream builds indexes on rank 0 while the others wait; then all of them read."""
+    return not dist.is_initialized() or dist.get_rank() == 0

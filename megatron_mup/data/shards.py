@@ -213,10 +213,10 @@ def inspect_shard(prefix: Path, *, tokenizer: Tokenizer | None = None) -> ShardS
             f"{tokenizer.sha256[:12]}... (SHA-256); pass the right --tokenizer-model"
         )
     index = _read_index(_file(prefix, ".idx"))
-    # A document may be several sequences (Megatron's --split-sentences), so boundaries count
-    # sequences and not tokens.
+    # A document may be several sequences (--split-sentences): boundaries count those, not tokens.
     starts = np.concatenate([[0], np.cumsum(index.lengths, dtype=np.int64)])
     document_tokens = np.diff(starts[index.boundaries])
+    largest = _largest_id(prefix, index.dtype, manifest)
     shown = _token_map(prefix, index.dtype)[: min(int(document_tokens[0]), _SAMPLE_TOKENS)]
     return ShardSummary(
         prefix=str(prefix),
@@ -226,7 +226,7 @@ def inspect_shard(prefix: Path, *, tokenizer: Tokenizer | None = None) -> ShardS
         min_document_tokens=int(document_tokens.min()),
         max_document_tokens=int(document_tokens.max()),
         dtype=info.dtype,
-        largest_token_id=_largest_id(prefix, index.dtype),
+        largest_token_id=largest,
         manifest_matches=_digest(prefix) == manifest.bin_sha256 if manifest else None,
         sample=tokenizer.decode(shown.tolist()) if tokenizer else None,
     )
@@ -259,6 +259,8 @@ def unigram_entropy(train_prefix: Path, valid_prefix: Path, vocab_size: int) -> 
             f"({train.tokenizer_sha256[:12]}... and {valid.manifest.tokenizer_sha256[:12]}..., "
             "SHA-256); preprocess both with one --tokenizer-model"
         )
+    # bincount would allocate up to the largest id, and the manifest may lie about it.
+    _largest_id(valid_prefix, valid.dtype, valid.manifest)
     counts = np.zeros(vocab_size, dtype=np.int64)
     # Counts and not probabilities are summed: the result is exact whatever the chunks.
     for chunk in _chunks(valid_prefix, valid.dtype):
@@ -348,14 +350,19 @@ def _read_manifest(prefix: Path) -> ShardManifest | None:
     if not path.is_file():
         return None
     try:
+        if path.stat().st_size > 1 << 26:
+            raise ValueError("larger than 64 MiB")
         record = json.loads(path.read_bytes())
         types = {field.name: str(field.type) for field in dataclasses.fields(ShardManifest)}
         # Exact types, because JSON would let true pass for 1 and 1.0 for a count.
         found = {name: type(value).__name__ for name, value in record.items()}
         if found != types | {"inputs": "list"} or record["format_version"] != 1:
             raise ValueError("not a record of format version 1")
+        if any(type(value) is int and value < 0 for value in record.values()):
+            raise ValueError("a negative number")
         return ShardManifest(**record)
-    except (ValueError, AttributeError) as error:
+    # Deep nesting ends the parser with RecursionError.
+    except (ValueError, AttributeError, RecursionError) as error:
         raise DataError(f"{path}: not a shard's manifest ({error}); {_REMAKE}") from error
 
 
@@ -378,10 +385,15 @@ def _chunks(prefix: Path, dtype: str) -> Iterator[NDArray[np.integer]]:
         yield tokens[start : start + _CHUNK_TOKENS]
 
 
-def _largest_id(prefix: Path, dtype: str) -> int:
-    """Return the largest id; a negative id is refused."""
+def _largest_id(prefix: Path, dtype: str, manifest: ShardManifest | None = None) -> int:
+    """Read the largest id; a negative one, and a manifest that says otherwise, are refused."""
     extremes = [(int(chunk.min()), int(chunk.max())) for chunk in _chunks(prefix, dtype)]
-    smallest = min(low for low, _ in extremes)
+    smallest, largest = min(low for low, _ in extremes), max(high for _, high in extremes)
     if smallest < 0:
         raise DataError(f"{prefix}.bin: holds the negative token id {smallest}; {_REMAKE}")
-    return max(high for _, high in extremes)
+    if manifest and manifest.largest_token_id != largest:
+        raise DataError(
+            f"{prefix}.json: says that the largest token id is {manifest.largest_token_id}, the "
+            f".bin holds {largest}; {_REMAKE}"
+        )
+    return largest

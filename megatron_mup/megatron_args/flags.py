@@ -45,10 +45,34 @@ DIRECT: dict[str, tuple[str, type]] = {
     "eod-mask-loss": ("data.eod_mask_loss", bool),
     "tensor-model-parallel-size": ("parallel.tensor_model_parallel_size", int),
     "pipeline-model-parallel-size": ("parallel.pipeline_model_parallel_size", int),
+    "num-virtual-stages-per-pipeline-rank": (
+        "parallel.virtual_pipeline_model_parallel_size",
+        int,
+    ),
+    "context-parallel-size": ("parallel.context_parallel_size", int),
+    "sequence-parallel": ("parallel.sequence_parallel", bool),
+    "use-distributed-optimizer": ("parallel.use_distributed_optimizer", bool),
+    "overlap-grad-reduce": ("parallel.overlap_grad_reduce", bool),
+    "overlap-param-gather": ("parallel.overlap_param_gather", bool),
+    "distributed-timeout-minutes": ("parallel.distributed_timeout_minutes", int),
+    "fp8-param-gather": ("precision.fp8_param_gather", bool),
+    "fp8-margin": ("precision.fp8_margin", int),
+    "fp8-amax-history-len": ("precision.fp8_amax_history_len", int),
+    "first-last-layers-bf16": ("precision.first_last_layers_bf16", bool),
+    "num-layers-at-start-in-bf16": ("precision.num_layers_at_start_in_bf16", int),
+    "num-layers-at-end-in-bf16": ("precision.num_layers_at_end_in_bf16", int),
+    "deterministic-mode": ("precision.deterministic_mode", bool),
+    "recompute-num-layers": ("recompute.recompute_num_layers", int),
+    "muon-momentum": ("optimizer.muon_momentum", float),
+    "muon-num-ns-steps": ("optimizer.muon_num_ns_steps", int),
     "save": ("checkpoint.save", str),
     "save-interval": ("checkpoint.save_interval", int),
+    "save-retain-interval": ("checkpoint.save_retain_interval", int),
+    "async-save": ("checkpoint.async_save", bool),
     "load": ("checkpoint.load", str),
+    "ckpt-step": ("checkpoint.ckpt_step", int),
     "finetune": ("checkpoint.finetune", bool),
+    "exit-duration-in-mins": ("faults.exit_duration_in_mins", int),
     "log-interval": ("logging.log_interval", int),
     "tensorboard-dir": ("logging.tensorboard_dir", str),
     "wandb-project": ("logging.wandb_project", str),
@@ -64,11 +88,38 @@ CHOICES: dict[str, tuple[str, dict[str, str | None]]] = {
             "adam": "adam",
             "lion": "lion",
             "sgd": None,
-            "muon": None,
+            "muon": "muon",
             "dist_muon": None,
             "adaptive_muon": None,
             "soap": None,
         },
+    ),
+    "muon-tp-mode": (
+        "optimizer.muon_tp_mode",
+        {"blockwise": None, "duplicated": "duplicated", "distributed": "distributed"},
+    ),
+    "fp8-format": ("precision.fp8_format", {"e4m3": "e4m3", "hybrid": "hybrid"}),
+    "fp8-recipe": (
+        "precision.fp8_recipe",
+        {
+            "delayed": "delayed",
+            "tensorwise": "tensorwise",
+            "blockwise": "blockwise",
+            "mxfp8": None,
+            "custom": None,
+        },
+    ),
+    "fp8-amax-compute-algo": (
+        "precision.fp8_amax_compute_algo",
+        {"max": "max", "most_recent": "most_recent"},
+    ),
+    "recompute-granularity": (
+        "recompute.recompute_granularity",
+        {"full": "full", "selective": "selective"},
+    ),
+    "recompute-method": (
+        "recompute.recompute_method",
+        {"uniform": "uniform", "block": "block"},
     ),
     "lr-decay-style": (
         "schedule.lr_decay_style",
@@ -141,8 +192,11 @@ REQUIRED = {
 ALWAYS_SO: dict[str, tuple[tuple[str, ...], ...]] = {
     "calculate-per-token-loss": ((),),
     "ckpt-format": (("torch_dist",),),
-    "context-parallel-size": (("1",),),
     "expert-model-parallel-size": (("1",),),
+    "muon-coefficient-type": (("quintic",),),
+    "muon-nesterov": ((),),
+    "muon-scalar-optimizer": (("adam",),),
+    "muon-scale-mode": (("unit_rms_norm",),),
     "no-position-embedding": ((),),
     "use-mcore-models": ((),),
     "use-pytorch-profiler": ((),),
@@ -154,7 +208,18 @@ NO_COUNTERPART = "no counterpart; see docs/configuration.md for what can be set"
 # Ordered from the special to the general, as the patterns overlap.
 REASONS: tuple[tuple[str, str], ...] = (
     ("fp16", "only fp32 and precision.bf16=true are available; fp32 is used"),
-    (r"fp[48].*", "low-precision matrix products are not available"),
+    (r"fp4.*", "FP4 is not available; precision.fp8_format is"),
+    (r"(no-)?fp8-.*", "there is no such FP8 switch; see the precision section"),
+    (
+        r"exit-signal.*",
+        "SIGTERM, SIGUSR1 and SIGINT always save and end the run; nothing has to be switched on",
+    ),
+    (
+        r"(override|use-checkpoint)-opt[_-]param[_-]scheduler",
+        "name options that may differ from the checkpoint's: checkpoint.override=[optimizer.lr]",
+    ),
+    (r"muon-.*", "there is no such Muon option"),
+    (r"recompute-modules", "selective recomputation takes the core attention, nothing else"),
     ("max-position-embeddings", "rotary embeddings have no table of that size"),
     ("apply-layernorm-1p", "gains are stored as they are, not minus 1; the function is the same"),
     ("qk-layernorm", "norms on queries and keys are not available; the model has none"),
@@ -177,9 +242,13 @@ REASONS: tuple[tuple[str, str], ...] = (
     ),
     (r"mock-data", "training reads shards; make some with 'megatron-mup data'"),
     (r"test-data-path", "there is no test set; evaluate with data.valid_data_path"),
-    (r"context-parallel-size|sequence-parallel|num-layers-per-virtual.*", "layouts are TP, PP, DP"),
     (
-        r"(no-)?overlap-.*|use-distributed-optimizer|recompute-.*|distributed-.*|manual-gc.*|"
+        r"hierarchical-context-.*|hybrid-context-.*|pipeline-model-parallel-layout|"
+        r"decoder-(first|last)-pipeline-num-layers|account-for-.*|microbatch-group-.*",
+        "layers are spread evenly over pipeline stages and chunks, sequences over context ranks",
+    ),
+    (
+        r"(no-)?overlap-.*|distribute-saved-activations|distributed-.*|manual-gc.*|"
         r"empty-unused-.*|no-.*-fusion|cross-entropy-.*|use-flash-attn|num-workers|"
         r"no-mmap-bin-files|no-create-attention-mask-in-dataloader|no-persist-layer-norm|"
         r"tp-comm-.*|attention-softmax-in-fp32|accumulate-allreduce-grads-in-fp32|dataloader-type",

@@ -17,6 +17,7 @@ import yaml
 
 from megatron_mup.config_io import option_names
 from megatron_mup.errors import ConfigError
+from megatron_mup.megatron_args.draft import Draft
 from megatron_mup.megatron_args.flags import (
     ALWAYS_SO,
     CHOICES,
@@ -28,6 +29,7 @@ from megatron_mup.megatron_args.flags import (
     WHEN_ABSENT,
 )
 from megatron_mup.megatron_args.reader import Flags
+from megatron_mup.megatron_args.scale import translate_scale
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,13 +81,8 @@ def _tidy(value: float) -> float:
     return float(f"{value:.12g}")
 
 
-class _Translator:
-    """The flags that are not yet accounted for, and what has been made of the others."""
-
-    def __init__(self, flags: Flags) -> None:
-        self.flags = flags
-        self.notes = flags.notes
-        self.config: dict[str, dict[str, Any]] = {}
+class _Translator(Draft):
+    """The parts of a translation, in an order that lets later ones read earlier results."""
 
     def translate_all(self) -> None:
         """Account for every flag; the order lets later steps read earlier results."""
@@ -96,13 +93,14 @@ class _Translator:
         for flag, (key, kind) in DIRECT.items():
             value = self.flags.take(flag, kind)
             if value is not None:
-                self._set(key, value)
+                self.set(key, value)
         for flag in CHOICES:
             self._choice(flag)
         for key, default in DEFAULTS.items():
             section, name = key.split(".")
             self.config.setdefault(section, {}).setdefault(name, default)
         self._model()
+        translate_scale(self)
         self._position_and_norm()
         self._length()
         self._schedule()
@@ -111,14 +109,6 @@ class _Translator:
         self._parameterization()
         self._list_the_rest()
         self._list_missing()
-
-    def _set(self, key: str, value: Any) -> None:
-        section, name = key.split(".")
-        self.config.setdefault(section, {})[name] = value
-
-    def _get(self, key: str) -> Any:
-        section, name = key.split(".")
-        return self.config.get(section, {}).get(name)
 
     def _choice(self, flag: str) -> None:
         key, values = CHOICES[flag]
@@ -131,7 +121,7 @@ class _Translator:
         if ours is None:
             self.notes.append(f"--{flag} {value}: not available; set {key} to what comes closest")
         else:
-            self._set(key, ours)
+            self.set(key, ours)
 
     def _model(self) -> None:
         """Activation, biases, tying, query groups, FFN width, padding of the vocabulary."""
@@ -140,31 +130,31 @@ class _Translator:
         if swiglu and squared_relu:
             raise ConfigError("--swiglu and --squared-relu exclude each other; give one of them")
         if squared_relu:
-            self._set("model.activation", "squared_relu")
-        hidden = self._get("model.hidden_size")
+            self.set("model.activation", "squared_relu")
+        hidden = self.get("model.hidden_size")
         if swiglu:
-            self._set("model.activation", "swiglu")
-            if self._get("model.ffn_hidden_size") is None and hidden is not None:
+            self.set("model.activation", "swiglu")
+            if self.get("model.ffn_hidden_size") is None and hidden is not None:
                 # arguments.py:1287: two thirds of 4 M, cut to a multiple of 64.
-                self._set("model.ffn_hidden_size", int((4 * hidden * 2 / 3) / 64) * 64)
+                self.set("model.ffn_hidden_size", int((4 * hidden * 2 / 3) / 64) * 64)
         # Both are written out even when not asked for: Megatron's defaults are opposite to ours.
-        self._set("model.add_bias_linear", not self.flags.take("disable-bias-linear", bool))
+        self.set("model.add_bias_linear", not self.flags.take("disable-bias-linear", bool))
         untied = self.flags.take("untie-embeddings-and-output-weights", bool)
-        self._set("model.untie_embeddings_and_output_weights", bool(untied))
+        self.set("model.untie_embeddings_and_output_weights", bool(untied))
         grouped = self.flags.take("group-query-attention", bool)
         groups = self.flags.take("num-query-groups", int)
         if grouped:
             # Megatron's default is one group (MQA), ours one per head.
-            self._set("model.num_query_groups", 1 if groups is None else groups)
+            self.set("model.num_query_groups", 1 if groups is None else groups)
         elif groups is not None:
             self.notes.append(
                 f"--num-query-groups {groups}: has no effect without --group-query-attention"
             )
-        tensor = self._get("parallel.tensor_model_parallel_size") or 1
+        tensor = self.get("parallel.tensor_model_parallel_size") or 1
         multiple = self.flags.take("make-vocab-size-divisible-by", int)
         if multiple is not None or tensor > 1:
             # Megatron pads to this times TP; here padding does not depend on the layout.
-            self._set("model.make_vocab_size_divisible_by", (multiple or 128) * tensor)
+            self.set("model.make_vocab_size_divisible_by", (multiple or 128) * tensor)
 
     def _position_and_norm(self) -> None:
         """What Megatron does by default and this package does not: learned positions and so on."""
@@ -196,7 +186,7 @@ class _Translator:
         """Iterations; from samples where Megatron counts those."""
         samples = self.flags.take("train-samples", int)
         if samples is not None:
-            if self._get("training.train_iters") is not None:
+            if self.get("training.train_iters") is not None:
                 raise ConfigError("--train-iters and --train-samples are both given; give one")
             self._iterations("train-samples", samples, "training.train_iters", round_down=True)
         self._take_iterations("lr-decay-samples", "schedule.lr_decay_iters")
@@ -205,7 +195,7 @@ class _Translator:
         rampup = self.flags.take("rampup-batch-size", list)
         if rampup is not None:
             numbers = [self.flags.convert("rampup-batch-size", text, int) for text in rampup]
-            self._set("training.rampup_batch_size", numbers)
+            self.set("training.rampup_batch_size", numbers)
             self.notes.append(
                 f"--rampup-batch-size {' '.join(rampup)}: Megatron's LR schedule counts samples, "
                 "here it counts iterations, so it runs ahead while the batch is still growing"
@@ -216,18 +206,18 @@ class _Translator:
         if samples is None:
             return
         # 0 counts as not given, as in Megatron's own check.
-        if self._get(key):
+        if self.get(key):
             raise ConfigError(f"--{flag} and {key.split('.')[1]} are both given; give one of them")
         self._iterations(flag, samples, key, round_down=False)
 
     def _iterations(self, flag: str, samples: int, key: str, *, round_down: bool) -> None:
-        batch = self._get("training.global_batch_size")
+        batch = self.get("training.global_batch_size")
         if not batch:
             self.notes.append(f"--{flag} {samples}: needs --global-batch-size; set {key} yourself")
             return
         # Megatron cuts the length (training.py:1547); the other spans lose least when rounded.
         iterations = samples // batch if round_down else round(samples / batch)
-        self._set(key, iterations)
+        self.set(key, iterations)
         if samples % batch:
             self.notes.append(
                 f"--{flag} {samples}: is {samples / batch:.6g} global batches; {key} is "
@@ -236,7 +226,7 @@ class _Translator:
 
     def _schedule(self) -> None:
         """Ratios to the peak instead of absolute rates; iterations instead of a fraction."""
-        lr = self._get("optimizer.lr")
+        lr = self.get("optimizer.lr")
         for flag, key in (
             ("min-lr", "schedule.min_lr_ratio"),
             ("lr-warmup-init", "schedule.lr_warmup_init_ratio"),
@@ -250,38 +240,38 @@ class _Translator:
             if not 0 < value <= lr:
                 raise ConfigError(f"--{flag} {value:g} is not between 0 and --lr {lr:g}")
             # One ratio for all groups keeps their rates in proportion; one rate would not.
-            self._set(key, _tidy(value / lr))
+            self.set(key, _tidy(value / lr))
         self._warmup_fraction()
-        style, length = self._get("schedule.lr_decay_style"), "schedule.lr_wsd_decay_style"
-        if style == "WSD" and self._get(length) is None:
-            self._set(length, "exponential")  # Megatron's default; ours is linear
+        style, length = self.get("schedule.lr_decay_style"), "schedule.lr_wsd_decay_style"
+        if style == "WSD" and self.get(length) is None:
+            self.set(length, "exponential")  # Megatron's default; ours is linear
 
     def _warmup_fraction(self) -> None:
         fraction = self.flags.take("lr-warmup-fraction", float)
         if fraction is None:
             return
-        if self._get("schedule.lr_warmup_iters"):
+        if self.get("schedule.lr_warmup_iters"):
             raise ConfigError(
                 "--lr-warmup-fraction excludes --lr-warmup-iters and --lr-warmup-samples; give one"
             )
-        total = self._get("schedule.lr_decay_iters") or self._get("training.train_iters")
+        total = self.get("schedule.lr_decay_iters") or self.get("training.train_iters")
         if total is None or not math.isfinite(fraction):
             self.notes.append(
                 f"--lr-warmup-fraction {fraction:g}: is a share of the iterations, which are not "
                 "known; set schedule.lr_warmup_iters"
             )
             return
-        self._set("schedule.lr_warmup_iters", round(fraction * total))
+        self.set("schedule.lr_warmup_iters", round(fraction * total))
 
     def _data(self) -> None:
         """One list of shards for training; Megatron's split happens at preprocessing here."""
         split = self.flags.take("split", str)
         paths = self.flags.take("data-path", list)
         if paths is not None:
-            if self._get("data.train_data_path") is not None:
+            if self.get("data.train_data_path") is not None:
                 raise ConfigError("--data-path and --train-data-path are both given; give one")
-            self._set("data.train_data_path", paths)
-        if split is not None or (paths is not None and self._get("data.valid_data_path") is None):
+            self.set("data.train_data_path", paths)
+        if split is not None or (paths is not None and self.get("data.valid_data_path") is None):
             asked = "--data-path" if split is None else f"--split {split}"
             self.notes.append(
                 f"{asked}: shards are not split while training; data.train_data_path is used "
@@ -291,33 +281,33 @@ class _Translator:
     def _profile(self) -> None:
         if not self.flags.take("profile", bool):
             return
-        folder = self._get("logging.tensorboard_dir")
+        folder = self.get("logging.tensorboard_dir")
         if folder is None:
             self.notes.append("--profile: set training.profile=true and training.profile_dir")
             return
-        self._set("training.profile", True)
-        self._set("training.profile_dir", folder)
+        self.set("training.profile", True)
+        self.set("training.profile_dir", folder)
 
     def _parameterization(self) -> None:
         """Megatron's sigma initialization, and its muP where ``--use-mup`` is given."""
         # With and without muP Megatron starts from init_method_std, which fan-in rules ignore.
-        self._set("parameterization.init", "sigma")
-        embedding_std = self._get("parameterization.embedding_init_method_std")
+        self.set("parameterization.init", "sigma")
+        embedding_std = self.get("parameterization.embedding_init_method_std")
         if not self.flags.take("use-mup", bool):
-            self._set("parameterization.name", "sp")
+            self.set("parameterization.name", "sp")
             return
         if embedding_std is not None:
             self.notes.append(
                 f"--embedding-init-method-std {embedding_std:g}: with --use-mup Megatron also "
                 "initialises the output layer with it; here that keeps init_method_std"
             )
-        self._set("parameterization.name", "mup")
-        self._set("parameterization.output_form", "multiplier")
+        self.set("parameterization.name", "mup")
+        self.set("parameterization.output_form", "multiplier")
         # Megatron's optimizer overrides scale eps with the hidden learning rate.
-        self._set("parameterization.eps_scaling", True)
+        self.set("parameterization.eps_scaling", True)
         # Megatron divides every hidden LR by the one multiplier M / P.
-        self._set("parameterization.ffn_out_lr_ratio", "width")
-        hidden, heads = self._get("model.hidden_size"), self._get("model.num_attention_heads")
+        self.set("parameterization.ffn_out_lr_ratio", "width")
+        hidden, heads = self.get("model.hidden_size"), self.get("model.num_attention_heads")
         base = self.flags.take("mup-base-hidden-size", int)
         base = hidden if base is None else base
         if not hidden or not heads or base < 1:
@@ -325,8 +315,8 @@ class _Translator:
                 "--use-mup needs --hidden-size, --num-attention-heads and a positive "
                 "--mup-base-hidden-size"
             )
-        self._set("parameterization.base_hidden_size", base)
-        head_dim = self._get("model.kv_channels") or hidden // heads
+        self.set("parameterization.base_hidden_size", base)
+        head_dim = self.get("model.kv_channels") or hidden // heads
         self._mup_attention(head_dim)
         self._mup_base_shape(hidden / base, attention_width=heads * head_dim)
         self._mup_multipliers(hidden / base)
@@ -337,13 +327,13 @@ class _Translator:
         power = self.flags.take("mup-attn-scale-power", float)
         if base is not None and not (base >= 1 and base.is_integer()):
             raise ConfigError(f"--mup-base-head-dim {base:g} is not a whole number above 0")
-        self._set("parameterization.base_kv_channels", head_dim if base is None else int(base))
+        self.set("parameterization.base_kv_channels", head_dim if base is None else int(base))
         # Its default is 1, muP's own exponent.
         if power in (None, 1.0):
             scale = "inverse" if base is None else "base_head_dim"
-            self._set("parameterization.attention_scale", scale)
+            self.set("parameterization.attention_scale", scale)
         elif power == 0.5 and base is None:
-            self._set("parameterization.attention_scale", "inverse_sqrt")
+            self.set("parameterization.attention_scale", "inverse_sqrt")
         else:
             self.notes.append(
                 f"--mup-attn-scale-power {power:g}: only 1, or 0.5 without --mup-base-head-dim, "
@@ -353,8 +343,8 @@ class _Translator:
     def _mup_base_shape(self, multiplier: float, *, attention_width: int) -> None:
         """Base sizes that Megatron does not ask for: those with its one multiplier m = M / P."""
         section = self.config["parameterization"]
-        layers = self._get("model.num_layers")
-        ffn = self._get("model.ffn_hidden_size") or 4 * self._get("model.hidden_size")
+        layers = self.get("model.num_layers")
+        ffn = self.get("model.ffn_hidden_size") or 4 * self.get("model.hidden_size")
         section["base_num_layers"] = layers
         section["base_ffn_hidden_size"] = max(1, round(ffn / multiplier))
         note = (
@@ -363,7 +353,7 @@ class _Translator:
             f"base_kv_channels {section['base_kv_channels']} and base_num_layers {layers}"
         )
         # Otherwise the base attention width is the base hidden size, and heads need not be asked.
-        if attention_width != self._get("model.hidden_size"):
+        if attention_width != self.get("model.hidden_size"):
             heads = max(1, round(attention_width / multiplier / section["base_kv_channels"]))
             section["base_num_attention_heads"] = heads
             note += f" and base_num_attention_heads {heads}"
@@ -372,12 +362,12 @@ class _Translator:
     def _mup_multipliers(self, multiplier: float) -> None:
         embedding = self.flags.take("mup-embedding-mult", float)
         if embedding is not None:
-            self._set("parameterization.embedding_multiplier", embedding)
+            self.set("parameterization.embedding_multiplier", embedding)
         output = self.flags.take("mup-output-mult", float)
         # transformer_config.py:2214 replaces 1 by 1/m, which is our rule's own factor.
         if output not in (None, 1.0):
-            self._set("parameterization.logit_multiplier", _tidy(output * multiplier))
-        if multiplier != 1.0 and self._get("model.untie_embeddings_and_output_weights"):
+            self.set("parameterization.logit_multiplier", _tidy(output * multiplier))
+        if multiplier != 1.0 and self.get("model.untie_embeddings_and_output_weights"):
             self.notes.append(
                 "--use-mup: Megatron leaves weight decay and eps of the output layer as they are; "
                 f"here they are divided by {multiplier:g} and {multiplier**2:g}"
@@ -392,5 +382,5 @@ class _Translator:
 
     def _list_missing(self) -> None:
         for key, why in REQUIRED.items():
-            if self._get(key) is None:
+            if self.get(key) is None:
                 self.notes.append(f"missing: {key}; {why}")

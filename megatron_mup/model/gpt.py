@@ -18,7 +18,15 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from megatron_mup import platform
-from megatron_mup.config import Activation, ModelConfig, RunConfig, TransformerImpl
+from megatron_mup.config import (
+    Activation,
+    ModelConfig,
+    ParallelConfig,
+    PrecisionConfig,
+    RecomputeConfig,
+    RunConfig,
+    TransformerImpl,
+)
 from megatron_mup.errors import ParameterizationError
 from megatron_mup.model.hooks import register_multipliers
 from megatron_mup.model.initialization import Shard, initialize
@@ -50,6 +58,8 @@ _ALWAYS: dict[str, Any] = {
     "persist_layer_norm": False,
     "bias_dropout_fusion": False,
     "bias_activation_fusion": False,
+    # A stage's output is not needed once it has been sent.
+    "deallocate_pipeline_outputs": True,
 }
 """Megatron's switches that no run changes."""
 
@@ -64,8 +74,7 @@ def transformer_config(run: RunConfig, multipliers: Multipliers) -> TransformerC
         run: the run's configuration.
         multipliers: forward multipliers from the table; the attention scale enters here.
     """
-    model, parallel = run.model, run.parallel
-    dtype = torch.bfloat16 if run.precision.bf16 else torch.float32
+    model = run.model
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -79,18 +88,61 @@ def transformer_config(run: RunConfig, multipliers: Multipliers) -> TransformerC
         normalization="RMSNorm",
         layernorm_epsilon=model.norm_epsilon,
         softmax_scale=multipliers.attention,
-        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
-        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
-        context_parallel_size=parallel.context_parallel_size,
-        sequence_parallel=parallel.sequence_parallel,
-        pipeline_dtype=dtype,
-        params_dtype=dtype,
-        bf16=run.precision.bf16,
         apply_rope_fusion=model.transformer_impl is TransformerImpl.TRANSFORMER_ENGINE,
         use_cpu_initialization=not platform.has_cuda(),
+        **_layout(run.parallel),
+        **_precision(run.precision),
+        **_recompute(run.recompute),
         **_ALWAYS,
     )
+
+
+def _layout(parallel: ParallelConfig) -> dict[str, Any]:
+    virtual = parallel.virtual_stages is not None
+    return {
+        "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
+        "virtual_pipeline_model_parallel_size": parallel.virtual_stages,
+        "context_parallel_size": parallel.context_parallel_size,
+        "sequence_parallel": parallel.sequence_parallel,
+        # As Megatron-LM sets them: the interleaved schedule hides its many more transfers.
+        "overlap_p2p_comm": virtual,
+        "batch_p2p_comm": not virtual,
+    }
+
+
+def _precision(precision: PrecisionConfig) -> dict[str, Any]:
+    dtype = torch.bfloat16 if precision.bf16 else torch.float32
+    options: dict[str, Any] = {
+        "pipeline_dtype": dtype,
+        "params_dtype": dtype,
+        "bf16": precision.bf16,
+        "deterministic_mode": precision.deterministic_mode,
+    }
+    if precision.fp8_format is None:
+        return options
+    return options | {
+        "fp8": precision.fp8_format.value,
+        "fp8_recipe": precision.fp8_recipe.value,
+        "fp8_param": precision.fp8_param_gather,
+        "fp8_margin": precision.fp8_margin,
+        "fp8_amax_history_len": precision.fp8_amax_history_len,
+        "fp8_amax_compute_algo": precision.fp8_amax_compute_algo.value,
+        "first_last_layers_bf16": precision.first_last_layers_bf16,
+        "num_layers_at_start_in_bf16": precision.num_layers_at_start_in_bf16,
+        "num_layers_at_end_in_bf16": precision.num_layers_at_end_in_bf16,
+    }
+
+
+def _recompute(recompute: RecomputeConfig) -> dict[str, Any]:
+    if recompute.recompute_granularity is None:
+        return {}
+    method = recompute.recompute_method
+    return {
+        "recompute_granularity": recompute.recompute_granularity.value,
+        "recompute_method": None if method is None else method.value,
+        "recompute_num_layers": recompute.recompute_num_layers,
+    }
 
 
 def build_model(run: RunConfig, table: ParameterTable, *, chunk: int = 0) -> torch.nn.Module:
@@ -147,6 +199,9 @@ def construct(
         _freeze_unused_gains(gpt, model.norm_gain)
     register_multipliers(gpt, multipliers)
     check_attention_scale(gpt, multipliers.attention)
+    # A dry run builds on the meta device, from which nothing can be moved.
+    if any(parameter.is_meta for parameter in gpt.parameters()):
+        return gpt
     # Our own norms are made on the CPU whatever the machine.
     return gpt.to(platform.device())
 

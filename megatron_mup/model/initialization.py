@@ -166,5 +166,20 @@ def initialize(
     """
     rows = rows_of_parameters(model, table)
     for name, parameter in model.named_parameters():
-        for row in rows.get(name, ()):
-            _fill(part_view(parameter.data, row.tensor.part, shape), row, seed=seed, shard=shard)
+        if name not in rows:
+            continue
+        values = _writable(parameter)
+        for row in rows[name]:
+            _fill(part_view(values, row.tensor.part, shape), row, seed=seed, shard=shard)
+        if values is not parameter:
+            parameter.copy_(values)
+
+
+def _writable(parameter: torch.nn.Parameter) -> Tensor:
+    """The tensor to write initial values into.
+
+    An FP8 weight cannot be written in parts. TransformerEngine keeps what it was quantized from,
+    and the distributed optimizer's main weights start from that and not from the rounded weight.
+    """
+    kept = getattr(parameter, "get_high_precision_init_val", None)
+    return parameter if kept is None else kept()

@@ -61,6 +61,9 @@ class RMSNorm(torch.nn.Module):
             self.register_buffer("weight", ones)
         else:
             self.weight = torch.nn.Parameter(ones)
+            # Each tensor-parallel rank then norms its own positions: Megatron must sum the gains'
+            # gradients, which upstream's own norm refuses (torch_norm.py:50, 0.19.2).
+            setattr(self.weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010
 
     def forward(self, hidden_SBM: Tensor) -> Tensor:
         """Normalize [S, B, M] over M; same shape and dtype."""

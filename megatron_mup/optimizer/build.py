@@ -9,28 +9,42 @@ import torch
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
 from megatron_mup import platform
-from megatron_mup.config import RunConfig
+from megatron_mup.config import OptimizerName, RunConfig
 from megatron_mup.optimizer.groups import GroupNumbers, config_overrides
-from megatron_mup.optimizer.upstream import correct_optimizer_factory
+from megatron_mup.optimizer.upstream import correct_optimizer_factory, train_with_lion
 from megatron_mup.parameterization.table import ParameterTable
 
 
 def optimizer_config(run: RunConfig) -> OptimizerConfig:
     """Megatron's optimizer configuration of a run; peak values."""
-    section = run.optimizer
+    section, precision = run.optimizer, run.precision
+    muon = section.optimizer is OptimizerName.MUON
+    distributed = run.parallel.use_distributed_optimizer
     return OptimizerConfig(
-        optimizer=section.optimizer.value,
+        # Lion takes the place of an AdamW that was built for it, see train_with_lion.
+        optimizer="muon" if muon else "adam",
         lr=section.lr,
         min_lr=section.lr * run.schedule.min_lr_ratio,
         weight_decay=section.weight_decay,
         adam_beta1=section.adam_beta1,
         adam_beta2=section.adam_beta2,
         adam_eps=section.adam_eps,
-        lion_beta1=section.lion_beta1,
-        lion_beta2=section.lion_beta2,
         clip_grad=section.clip_grad,
-        bf16=run.precision.bf16,
-        params_dtype=torch.bfloat16 if run.precision.bf16 else torch.float32,
+        bf16=precision.bf16,
+        params_dtype=torch.bfloat16 if precision.bf16 else torch.float32,
+        fp8_recipe=precision.fp8_recipe.value if precision.fp8_format is not None else None,
+        use_distributed_optimizer=distributed and not muon,
+        use_layer_wise_distributed_optimizer=distributed and muon,
+        overlap_param_gather=run.parallel.overlap_param_gather,
+        muon_momentum=section.muon_momentum,
+        muon_nesterov=True,
+        muon_split_qkv=True,
+        # The rule table's learning rates for Muon hold for this scale and no other.
+        muon_scale_mode="unit_rms_norm",
+        muon_num_ns_steps=section.muon_num_ns_steps,
+        muon_tp_mode=section.muon_tp_mode.value,
+        # Newton-Schulz in bf16, as usual, would make an fp32 run depend on its layout.
+        muon_fp32_matmul_prec="medium" if precision.bf16 else "highest",
     )
 
 
@@ -52,7 +66,6 @@ def build_optimizer(
     Returns:
         A ``MegatronOptimizer``; its groups' LR and decay are set by ``apply_schedule``.
     """
-    # First of all: upstream's factory looks Lion up while it builds the groups.
     correct_optimizer_factory()
     numbers = run.optimizer.numbers
     overrides = config_overrides(
@@ -61,12 +74,15 @@ def build_optimizer(
         defaults=GroupNumbers(numbers.lr, numbers.weight_decay, numbers.eps),
         min_lr_ratio=run.schedule.min_lr_ratio,
     )
-    return get_megatron_optimizer(
+    optimizer = get_megatron_optimizer(
         optimizer_config(run),
         list(wrapped_chunks),
         config_overrides=overrides,
         use_gloo_process_groups=not platform.has_cuda(),
     )
+    if run.optimizer.optimizer is OptimizerName.LION:
+        train_with_lion(optimizer, (run.optimizer.lion_beta1, run.optimizer.lion_beta2))
+    return optimizer
 
 
 def apply_schedule(optimizer: Any, factor: float, *, weight_decay: float) -> None:

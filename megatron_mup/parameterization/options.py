@@ -212,3 +212,6 @@ class OptimizerNumbers:
     weight_decay_mask: DecayMask
     eps: float | None
     """Adam's epsilon; None for optimizers that have none (Lion)."""
+
+    orthogonalized: bool = False
+    """Muon: hidden matrices get an orthogonalized update, the other roles keep Adam's rules."""

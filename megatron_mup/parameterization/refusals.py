@@ -50,6 +50,12 @@ def refuse_without_rule(
             f"has no effect under name={config.name}; leave parameterization.ffn_out_lr_ratio "
             "unset or use name=mup"
         )
+    if config.ffn_out_lr_ratio is not None and optimizer.orthogonalized:
+        raise ParameterizationError(
+            f"ffn_out_lr_ratio={config.ffn_out_lr_ratio} has no effect with optimizer=muon, whose "
+            "hidden learning rates do not depend on any size; leave "
+            "parameterization.ffn_out_lr_ratio unset"
+        )
     divides = optimizer.weight_decay_mode is not DecayMode.COUPLED
     if divides and optimizer.weight_decay > 0 and not optimizer.lr > 0:
         raise ParameterizationError(

@@ -6,8 +6,8 @@ the exponents in ``RULES`` and ``INIT``, and everywhere else is read from the re
 Notation: M hidden size, P base hidden size, m = M / P, F FFN width, D head dim, L layers,
 alpha = base peak LR, lambda = weight decay, r = a tensor's size ratio to its base.
 Sources: L = arXiv:2404.05728 (Table 2 and its code), K = arXiv:2510.19093, TP5 = arXiv:2203.03466,
-"ours" = derived in docs/parameterization.md; ``sources`` says in words which of them a row follows.
-Must not import torch or megatron.
+S = arXiv:2310.17813, "ours" = derived in docs/parameterization.md; ``sources`` says in words which
+of them a row follows. Must not import torch or megatron.
 """
 
 from __future__ import annotations
@@ -81,6 +81,15 @@ RULES: dict[Parameterization, dict[Role, Rule]] = {
         Role.FFN_OUT: _inverse(Ratio.FAN_IN, _ABSOLUTE, published=Ratio.FAN_IN),
     },
 }
+
+HIDDEN = tuple(role for role in Role if role not in (*_VECTOR_LIKE, Role.UNEMBEDDING))
+"""Roles whose update Muon orthogonalizes; AdamW trains the others, by the rules above."""
+# The update is semi-orthogonal times sqrt(fan_out / fan_in), Megatron's unit_rms_norm: its spectral
+# norm is what S asks of a change of W at every width, so no ratio is left for the LR.
+_SPECTRAL = dict.fromkeys(HIDDEN, _flat("arXiv:2310.17813 Condition 1, orthogonalized update"))
+
+MUON_RULES = {name: {**rules, **_SPECTRAL} for name, rules in RULES.items()}
+MUON_RULES[Parameterization.SP] = RULES[Parameterization.SP]
 
 INIT_EXPONENT = -0.5
 """std ~ fan_in^-1/2 for hidden matrices (variance 1/fan_in), L Table 2."""
@@ -257,12 +266,16 @@ class Rules:
             return self.shape.ffn_multiplier * self.shape.hidden_size
         return tensor.fan_in
 
+    def rule(self, role: Role) -> Rule:
+        """The row of the table that a role follows under this optimizer."""
+        rules = MUON_RULES if self.optimizer.orthogonalized else RULES
+        return rules[self.config.name][role]
+
     def ratio_used(self, role: Role) -> Ratio:
         """Which ratio the LR of a role uses under these options."""
-        rule = RULES[self.config.name][role]
-        if role is Role.FFN_OUT and self.config.name is Parameterization.MUP:
-            return self.config.ffn_out_lr_ratio or rule.ratio
-        return rule.ratio
+        # Refused unless name=mup, and with Muon, whose ffn_out has no ratio.
+        chosen = self.config.ffn_out_lr_ratio if role is Role.FFN_OUT else None
+        return chosen or self.rule(role).ratio
 
     def _embedding_std(self) -> float:
         config = self.config
@@ -330,9 +343,10 @@ class Rules:
             Its init std, peak LR, weight decay (the value that the LR multiplies), eps and forward
             multiplier.
         """
-        rule = RULES[self.config.name][tensor.role]
-        factor = self.size_ratio(tensor, self.ratio_used(tensor.role)) ** rule.lr_exponent
-        lr, eps = self.optimizer.lr * factor, self.optimizer.eps
+        exponent = self.rule(tensor.role).lr_exponent
+        factor = self.size_ratio(tensor, self.ratio_used(tensor.role)) ** exponent
+        muon = self.optimizer.orthogonalized and tensor.role in HIDDEN
+        lr, eps = self.optimizer.lr * factor, None if muon else self.optimizer.eps
         if eps is not None and self.config.eps_scaling:
             eps *= factor
         decay = group_weight_decay(self.optimizer, lr=lr, is_matrix=len(tensor.shape) > 1)

@@ -19,7 +19,6 @@ from megatron_mup.parameterization.options import (
 from megatron_mup.parameterization.roles import LogicalTensor, Role
 from megatron_mup.parameterization.rules import (
     INIT_EXPONENT,
-    RULES,
     UNEMBEDDING_EXPONENT,
     Rules,
 )
@@ -66,7 +65,7 @@ def power_text(top: str, bottom: str, exponent: float) -> str:
 
 def _learning_rate(rules: Rules, tensor: LogicalTensor) -> str:
     """LR formula, the ratio in it, and whether that ratio is the published one."""
-    rule = RULES[rules.config.name][tensor.role]
+    rule = rules.rule(tensor.role)
     ratio = rules.ratio_used(tensor.role)
     origin = rule.citation
     # The two ratios are the same number wherever the model grows in step with its base.

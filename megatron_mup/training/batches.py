@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from megatron.core import parallel_state
+from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 
 from megatron_mup import platform
@@ -70,3 +72,21 @@ def micro_batches(
         start = first + (micro * data_size + data_rank) * micro_batch_size
         rows = [samples[(start + row) % len(samples)] for row in range(micro_batch_size)]
         yield {key: torch.stack([row[key] for row in rows]).to(device) for key in _KEYS}
+
+
+def context_parts(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """This context-parallel rank's positions of each microbatch.
+
+    Rank r of C holds the chunks r and 2C - 1 - r of 2C: an early and a late one, so that causal
+    attention costs every rank the same. Needs Megatron's parallel state.
+
+    Args:
+        batches: tensors [B, S], the same on all context-parallel ranks.
+
+    Returns:
+        Tensors [B, S / C]; ``batches`` itself without context parallelism.
+    """
+    if parallel_state.get_context_parallel_world_size() == 1:
+        return batches
+    group = parallel_state.get_context_parallel_group()
+    return (get_batch_on_this_cp_rank(batch, False, cp_group=group) for batch in batches)

@@ -1,74 +1,62 @@
 """The training loop: from a configuration to a trained, evaluated, saved model.
 
-Reads top to bottom: check everything that can be checked, build, resume, step, report. Everything
-model- or width-dependent was decided by the table before this file is reached.
+Reads top to bottom: check everything that can be checked, build, resume, step, report, and end in
+one of the ways that ``exit_codes`` lists. Everything model- or width-dependent was decided by the
+table before this file is reached.
 """
 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 
-import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
+from torch import Tensor
 
-from megatron_mup import platform
-from megatron_mup.checkpoint.save_load import (
-    check_resumable,
-    check_save_folder,
-    checkpoint_folder,
-    load_checkpoint,
-    save_checkpoint,
-)
+from megatron_mup.checkpoint.lease import Lease
+from megatron_mup.checkpoint.load import load_checkpoint
+from megatron_mup.checkpoint.resume import choose_checkpoint
+from megatron_mup.checkpoint.save import CheckpointSaver
 from megatron_mup.config import RunConfig
-from megatron_mup.data.checks import check_training_data
-from megatron_mup.data.datasets import Samples, build_datasets
+from megatron_mup.data.datasets import Samples
 from megatron_mup.describe import describe_text
-from megatron_mup.model.layer_specs import check_implementation
-from megatron_mup.training.batches import Batch, global_batch_size, micro_batches, samples_after
+from megatron_mup.status import RunState, StatusWriter
+from megatron_mup.training.bad_steps import BadSteps, Outcome, Verdict, save_bad_batch
+from megatron_mup.training.batches import Batch, global_batch_size, micro_batches
+from megatron_mup.training.exit_requests import ExitReason, ExitRequests
+from megatron_mup.training.interval import perplexity
+from megatron_mup.training.meters import BusyClock
 from megatron_mup.training.metrics import Progress, Sink, console_line, open_sinks
-from megatron_mup.training.outputs import check_outputs
+from megatron_mup.training.outcome import TrainResult
+from megatron_mup.training.peers import translate_lost_peers
+from megatron_mup.training.preparation import (
+    TrainData,
+    check_before_work,
+    configured_data,
+    data_text,
+    hold_save_folder,
+    new_interval,
+    origin_text,
+)
 from megatron_mup.training.processes import (
     Launch,
-    check_layout,
     detect_launch,
     is_log_rank,
     parallel_processes,
     sum_over_data_parallel,
 )
-from megatron_mup.training.profiler import step_profiler
+from megatron_mup.training.profiler import StepProfiler, step_profiler
+from megatron_mup.training.role_metrics import decay_text, decay_timescales
 from megatron_mup.training.state import TrainState, build_state
 from megatron_mup.training.step import evaluate_batches, train_step
 
 Print = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class TrainData:
-    """Samples to train on and, optionally, held-out samples."""
-
-    train: Samples
-    valid: Samples | None = None
-
-
-@dataclass
-class TrainResult:
-    """What a run did.
-
-    Attributes:
-        iteration: last finished iteration.
-        history: metrics of every logged iteration, by Megatron's names plus ``iteration``.
-        validation_loss: last held-out loss in nats per token; None without evaluation.
-        diverged: the loss stopped being finite, and so did the run.
-    """
-
-    iteration: int = 0
-    history: list[dict[str, float]] = field(default_factory=list)
-    validation_loss: float | None = None
-    diverged: bool = False
 
 
 def train(
@@ -90,172 +78,223 @@ def train(
         History and outcome, the same on every rank.
 
     Raises:
-        MupError: before any work, if data, layout or checkpoint do not fit the configuration.
+        MupError: before any work, if data, layout or checkpoint do not fit the configuration;
+            later, if another rank dies.
     """
     launch = detect_launch() if launch is None else launch
-    resume = _check_before_work(run, launch, with_shards=data is None)
     with ExitStack() as stack:
+        # Signals that come while the model is built count as well.
+        exits = stack.enter_context(ExitRequests(run.faults.exit_duration_in_mins))
+        check_before_work(run, launch, with_shards=data is None)
         stack.enter_context(parallel_processes(run, launch))
-        data = _configured_data(run) if data is None else data
-        state = build_state(run)
-        if resume is not None and run.checkpoint.load is not None:
-            folder = checkpoint_folder(Path(run.checkpoint.load), resume)
-            load_checkpoint(state, folder, weights_only=run.checkpoint.finetune)
-        first = is_log_rank()
-        sinks = open_sinks(run, stack) if first else []
-        loop = _Loop(state, data, sinks, echo if first else _silent)
-        loop.echo(describe_text(run.table))
-        if run.checkpoint.load is not None:
-            loop.echo(_origin(run, resume))
-        return loop.run_to_end(stack)
+        peers = stack.enter_context(translate_lost_peers(run))
+        lease = hold_save_folder(run, stack)
+        echo = echo if is_log_rank() else _silent
+        if data is None:
+            echo(data_text(run))
+            data = configured_data(run)
+        state, tools = _start(run, stack, exits=exits, lease=lease, echo=echo)
+        loop = _Loop(state, data, tools)
+        peers.iteration = lambda: state.iteration
+        return loop.run_to_end(step_profiler(run.training, state.iteration, stack))
 
 
-def _check_before_work(run: RunConfig, launch: Launch, *, with_shards: bool) -> int | None:
-    """Every check that needs no model; returns the iteration to resume from."""
-    check_layout(run, launch.world_size)
-    check_implementation(run.model)
-    check_outputs(run)
-    resume = check_resumable(run)
-    check_save_folder(run)
-    if with_shards:
-        check_training_data(run)
-    return resume
-
-
-def _origin(run: RunConfig, resume: int | None) -> str:
-    """Where the weights come from, in words."""
-    load = run.checkpoint.load
-    if resume is None:
-        return f"'{load}' holds no checkpoint: starting from scratch"
-    what = "weights of" if run.checkpoint.finetune else "resuming from"
-    return f"{what} '{load}' at iteration {resume}"
+def _start(
+    run: RunConfig, stack: ExitStack, *, exits: ExitRequests, lease: Lease | None, echo: Print
+) -> tuple[TrainState, _Tools]:
+    """Build the state, resume it, and open what the loop reports to."""
+    found = choose_checkpoint(run)
+    state = build_state(run)
+    if found is not None:
+        load_checkpoint(state, found.folder, weights_only=run.checkpoint.finetune)
+    tools = _Tools(run, stack, exits=exits, lease=lease, start=state.iteration, echo=echo)
+    if run.checkpoint.save is not None:
+        tools.saver = CheckpointSaver(run, resumed=found, echo=echo)
+        stack.callback(tools.saver.close)
+    echo(describe_text(run.table))
+    echo(decay_text(run))
+    if run.checkpoint.load is not None:
+        echo(origin_text(run, found))
+    return state, tools
 
 
 def _silent(_line: str) -> None:
     """Log nothing: this is not the first rank."""
 
 
-def _configured_data(run: RunConfig) -> TrainData:
-    """Datasets of the configured shards, sized for the whole run.
+class _Tools:
+    """What the loop reports to, and what may end it."""
 
-    Megatron's shuffle depends on the number of epochs that are asked for. The planned length
-    fixes it, so a run that stops early and is resumed reads what the uninterrupted one reads.
-    """
-    train_samples = samples_after(run.training, run.planned_iters)
-    valid_samples = run.training.eval_iters * run.training.global_batch_size
-    train_set, valid_set = build_datasets(
-        run, train_samples=train_samples, valid_samples=valid_samples
-    )
-    return TrainData(train_set, valid_set)
+    def __init__(
+        self,
+        run: RunConfig,
+        stack: ExitStack,
+        *,
+        exits: ExitRequests,
+        lease: Lease | None,
+        start: int,
+        echo: Print,
+    ) -> None:
+        first = is_log_rank()
+        save = run.checkpoint.save
+        self.exits = exits
+        self.lease = lease
+        self.echo = echo
+        self.saver: CheckpointSaver | None = None
+        self.status = StatusWriter(
+            Path(save) if first and save is not None else None,
+            run,
+            iteration=start,
+            world_size=dist.get_world_size(),
+            job_id=os.environ.get("SLURM_JOB_ID"),
+        )
+        stack.push(self._report_failure)
+        self.sinks: list[Sink] = open_sinks(run, stack, start=start) if first else []
+
+    def _report_failure(
+        self,
+        _kind: type[BaseException] | None,
+        error: BaseException | None,
+        _traceback: TracebackType | None,
+    ) -> None:
+        if error is not None:
+            self.status.enter(RunState.FAILED, exit_reason=str(error) or type(error).__name__)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Where a step's samples are: ``size`` from number ``first`` on."""
+
+    first: int
+    size: int
 
 
 class _Loop:
     """The loop's own variables: interval sums, progress, result."""
 
-    def __init__(self, state: TrainState, data: TrainData, sinks: list[Sink], echo: Print) -> None:
+    def __init__(self, state: TrainState, data: TrainData, tools: _Tools) -> None:
         self.state = state
         self.data = data
-        self.sinks = sinks
-        self.echo = echo
+        self.tools = tools
         self.run = state.run
-        self.result = TrainResult(iteration=state.iteration)
+        self.result = TrainResult(iteration=state.iteration, saves=tools.saver is not None)
         self.progress = Progress(self.run.training.train_iters, state.iteration)
-        self._reset_interval()
+        self.interval = new_interval(self.run)
+        self.busy = BusyClock(state.model_chunks[0].config)
+        self.bad_steps = BadSteps(self.run.faults)
+        if state.health:
+            self.bad_steps.load_state_dict(state.health)
+        self.verdict = Verdict(Outcome.GOOD)
 
-    def _reset_interval(self) -> None:
-        # float64 so that the mean over a long interval does not depend on its length.
-        self._loss_and_tokens = torch.zeros(2, dtype=torch.float64, device=platform.device())
-        self._steps = self._clipped = self._samples = 0
-
-    def run_to_end(self, stack: ExitStack) -> TrainResult:
-        """Step until ``train_iters`` or divergence, then evaluate and save."""
-        training, state = self.run.training, self.state
-        profiler = step_profiler(training, state.iteration, stack)
+    def run_to_end(self, profiler: StepProfiler) -> TrainResult:
+        """Step until ``train_iters``, a request to stop, or a bad step; then evaluate and save."""
+        training, state, tools = self.run.training, self.state, self.tools
         if state.iteration >= training.train_iters:
-            self.echo(
+            tools.echo(
                 f"the checkpoint is at iteration {state.iteration} and train_iters is "
                 f"{training.train_iters}: nothing left to train"
             )
-        while state.iteration < training.train_iters and not self.result.diverged:
+        for sink in tools.sinks:
+            sink.write(state.iteration, decay_timescales(self.run))
+        tools.status.enter(RunState.TRAINING)
+        while state.iteration < training.train_iters and not self._over():
             self._step()
             profiler.step()
             self._periodic()
-        if not self.result.diverged:
-            self._finish()
+        self._finish()
         self.result.iteration = state.iteration
         return self.result
 
+    def _over(self) -> bool:
+        return self.result.diverged or self.result.stopped is not None
+
     def _step(self) -> None:
         state, run = self.state, self.run
-        batch_size = global_batch_size(run.training, state.consumed_samples)
+        batch = _Batch(
+            state.consumed_samples, global_batch_size(run.training, state.consumed_samples)
+        )
+        self.busy.begin()
         report = train_step(
             state,
-            self._batches(self.data.train, state.consumed_samples, batch_size),
-            batch_size // (run.training.micro_batch_size * _data_size()),
+            self._batches(self.data.train, batch),
+            batch.size // (run.training.micro_batch_size * _data_size()),
+            judge=self._judge,
         )
-        state.consumed_samples += batch_size
-        self._samples += batch_size
-        self._loss_and_tokens += report.loss_sum_and_tokens
-        self._steps += 1
-        clip = run.optimizer.clip_grad
-        self._clipped += int(clip > 0 and report.grad_norm > clip)
+        state.consumed_samples += batch.size
+        state.skipped_iterations = self.bad_steps.skipped
+        self.interval.add(report, batch_size=batch.size)
+        if self.verdict.vetoed:
+            self._report_bad_step(batch)
         last = state.iteration == run.training.train_iters
-        # The norm is the same on every rank, so all of them stop at the step that went wrong and
-        # no checkpoint of it is ever saved, whatever the log interval.
-        failed = not math.isfinite(report.grad_norm)
-        if state.iteration % run.logging.log_interval == 0 or last or failed:
-            self._log(report.factor, report.grad_norm, batch_size)
-        if failed and not self.result.diverged:
-            self._stop(f"gradient norm is {report.grad_norm}")
+        if state.iteration % run.logging.log_interval == 0 or last:
+            self._log()
 
-    def _batches(self, samples: Samples, first: int, batch_size: int) -> Iterator[Batch]:
+    def _judge(self, loss_sum_and_tokens: Tensor, grad_norm: float) -> bool:
+        """Whether the update must be left out; all ranks give the same numbers to ``judge``."""
+        loss = None
+        # A loss that is not finite shows in the norm; only a spike needs its value in every step.
+        if self.run.faults.loss_spike_factor is not None:
+            total, tokens = sum_over_data_parallel(loss_sum_and_tokens.double()).tolist()
+            loss = total / tokens if tokens else None
+        self.verdict = self.bad_steps.judge(loss, grad_norm)
+        return self.verdict.vetoed
+
+    def _report_bad_step(self, batch: _Batch) -> None:
+        iteration, reason = self.state.iteration, self.verdict.reason
+        if self.verdict.outcome is Outcome.SKIP:
+            self.tools.echo(f"iteration {iteration}: {reason}; its update is left out")
+            return
+        self.result.diverged = True
+        self._log()
+        self.tools.echo(
+            f"{reason} at iteration {iteration}: the run diverged and stops without saving; lower "
+            "optimizer.lr or lengthen schedule.lr_warmup_iters"
+        )
+        folder = self.run.checkpoint.save
+        if folder is not None and _reads_data():
+            batches = list(self._batches(self.data.train, batch))
+            rank = dist.get_rank()
+            save_bad_batch(Path(folder), iteration, rank=rank, batches=batches, reason=reason)
+
+    def _batches(self, samples: Samples, batch: _Batch) -> Iterator[Batch]:
         return micro_batches(
             samples,
-            first=first,
-            batch_size=batch_size,
+            first=batch.first,
+            batch_size=batch.size,
             micro_batch_size=self.run.training.micro_batch_size,
             data_rank=parallel_state.get_data_parallel_rank(),
             data_size=_data_size(),
         )
 
-    def _log(self, factor: float, grad_norm: float, batch_size: int) -> None:
-        loss_sum, tokens = sum_over_data_parallel(self._loss_and_tokens).tolist()
-        seconds = self.progress.lap()
-        positions = self._samples * self.run.model.seq_length
-        metrics = {
-            "lm loss": loss_sum / tokens if tokens else math.nan,
-            "learning-rate": factor * self.run.optimizer.lr,
-            "grad-norm": grad_norm,
-            "batch-size": float(batch_size),
-            "iteration-time": seconds / self._steps,
-            "tokens/sec": positions / seconds,
-            "clipped-fraction": self._clipped / self._steps,
-        }
-        self._emit(metrics)
-        self._reset_interval()
-        if not math.isfinite(metrics["lm loss"]):
-            self._stop(f"loss is {metrics['lm loss']}")
-
-    def _stop(self, what: str) -> None:
-        """End a run that diverged; nothing is saved any more."""
-        self.result.diverged = True
-        self.echo(
-            f"{what} at iteration {self.state.iteration}: the run diverged and stops without "
-            "saving; lower optimizer.lr or lengthen schedule.lr_warmup_iters"
+    def _log(self) -> None:
+        metrics = self.interval.close(
+            consumed_samples=self.state.consumed_samples, busy_seconds=self.busy.take()
         )
+        if metrics:
+            self._emit(metrics)
 
     def _emit(self, metrics: dict[str, float]) -> None:
-        iteration = self.state.iteration
+        iteration, tools = self.state.iteration, self.tools
         self.result.history.append({"iteration": float(iteration), **metrics})
-        for sink in self.sinks:
+        for sink in tools.sinks:
             sink.write(iteration, metrics)
         left = self.progress.seconds_left(iteration)
-        self.echo(console_line(iteration, self.run.training.train_iters, metrics, left))
+        tools.echo(console_line(iteration, self.run.training.train_iters, metrics, left))
+        tools.status.logged(
+            iteration,
+            metrics,
+            seconds_per_iteration=self.progress.seconds_per_iteration(iteration),
+            skipped_steps=self.state.skipped_iterations,
+        )
 
     def _periodic(self) -> None:
-        """Evaluation and checkpoints inside the run; the last iteration is ``_finish``'s."""
-        iteration, run = self.state.iteration, self.run
-        if iteration == run.training.train_iters or self.result.diverged:
+        """Requests to stop, evaluation and checkpoints; the last iteration is ``_finish``'s."""
+        iteration, run, tools = self.state.iteration, self.run, self.tools
+        if tools.saver is not None:
+            tools.saver.poll()
+        lost = tools.lease is not None and tools.lease.lost()
+        self.result.stopped = tools.exits.agreed(lease_lost=lost)
+        if iteration == run.training.train_iters or self._over():
             return
         if run.training.eval_interval and iteration % run.training.eval_interval == 0:
             self._evaluate()
@@ -263,31 +302,70 @@ class _Loop:
             self._save()
 
     def _finish(self) -> None:
-        self._evaluate()
-        if self.state.iteration > self.result.iteration:
-            self._save()
+        """End the run in one of the ways that ``TrainResult`` knows."""
+        reason, result, tools = self.result.stopped, self.result, self.tools
+        if self.state.iteration == self.run.training.train_iters and not result.diverged:
+            # A request to stop that comes with the last step changes nothing any more.
+            result.stopped = reason if reason is ExitReason.LEASE_LOST else None
+        if result.stopped is None and not result.diverged:
+            self._evaluate()
+        if result.stopped is not None:
+            tools.echo(f"stopping at iteration {self.state.iteration}: {result.stopped.words}")
+        lost = result.stopped is ExitReason.LEASE_LOST
+        if tools.saver is not None and not lost:
+            if not result.diverged and self.state.iteration > result.iteration:
+                self._save()
+            tools.saver.wait()
+            result.save_failed = tools.saver.failed
+        self._report_end()
+
+    def _report_end(self) -> None:
+        result, status = self.result, self.tools.status
+        if result.diverged:
+            status.enter(RunState.DIVERGED, exit_reason=self.verdict.reason)
+        elif result.save_failed is not None:
+            status.enter(RunState.FAILED, exit_reason=result.save_failed)
+        elif result.stopped is None:
+            status.enter(RunState.FINISHED)
+        elif result.stopped is not ExitReason.LEASE_LOST:
+            # The folder of a lost lease is another job's, and so is its status.
+            status.enter(RunState.STOPPED, exit_reason=result.stopped.words)
 
     def _save(self) -> None:
-        if self.run.checkpoint.save is not None:
-            folder = save_checkpoint(self.state, Path(self.run.checkpoint.save))
-            self.echo(f"saved checkpoint {folder}")
-            # The time of saving belongs to no iteration.
-            self.progress.lap()
+        saver, status = self.tools.saver, self.tools.status
+        if saver is None:
+            return
+        # The time of saving belongs to no iteration.
+        with self.interval.paused():
+            status.enter(RunState.SAVING)
+            self.state.health = self.bad_steps.state_dict()
+            saver.start(self.state)
+            status.enter(RunState.TRAINING)
 
     def _evaluate(self) -> None:
         training = self.run.training
         if self.data.valid is None or training.eval_iters == 0:
             return
-        batch = training.eval_iters * training.global_batch_size
-        count = batch // (training.micro_batch_size * _data_size())
-        report = evaluate_batches(self.state, self._batches(self.data.valid, 0, batch), count)
-        loss_sum, tokens = sum_over_data_parallel(report.double()).tolist()
+        batch = _Batch(0, training.eval_iters * training.global_batch_size)
+        count = batch.size // (training.micro_batch_size * _data_size())
+        with self.interval.paused():
+            self.tools.status.enter(RunState.EVALUATING)
+            report = evaluate_batches(self.state, self._batches(self.data.valid, batch), count)
+            loss_sum, tokens = sum_over_data_parallel(report.double()).tolist()
+            self.tools.status.enter(RunState.TRAINING)
         loss = loss_sum / tokens if tokens else math.nan
         self.result.validation_loss = loss
-        perplexity = math.exp(min(loss, 20.0))
-        self._emit({"lm loss validation": loss, "lm loss validation ppl": perplexity})
-        self.progress.lap()
+        self._emit({"lm loss validation": loss, "lm loss validation ppl": perplexity(loss)})
 
 
 def _data_size() -> int:
     return int(parallel_state.get_data_parallel_world_size())
+
+
+def _reads_data() -> bool:
+    """One rank of each data-parallel replica."""
+    return (
+        parallel_state.get_tensor_model_parallel_rank() == 0
+        and parallel_state.get_context_parallel_rank() == 0
+        and parallel_state.is_pipeline_first_stage()
+    )

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -90,28 +91,46 @@ def check_layout(run: RunConfig, world_size: int) -> int:
     Raises:
         ConfigError: with the numbers and the cure.
     """
-    tensor = run.parallel.tensor_model_parallel_size
-    pipeline = run.parallel.pipeline_model_parallel_size
-    if world_size % (tensor * pipeline):
+    parallel = run.parallel
+    model_ranks = parallel.model_parallel_size
+    if world_size % model_ranks:
+        context = parallel.context_parallel_size
         raise ConfigError(
-            f"{world_size} process(es) cannot hold tensor_model_parallel_size {tensor} x "
-            f"pipeline_model_parallel_size {pipeline}; start a multiple of {tensor * pipeline}, "
-            f"e.g. torchrun --nproc-per-node {tensor * pipeline} -m megatron_mup train ..."
+            f"{world_size} process(es) cannot hold tensor_model_parallel_size "
+            f"{parallel.tensor_model_parallel_size} x pipeline_model_parallel_size "
+            f"{parallel.pipeline_model_parallel_size}"
+            + (f" x context_parallel_size {context}" if context > 1 else "")
+            + f"; start a multiple of {model_ranks}, "
+            f"e.g. torchrun --nproc-per-node {model_ranks} -m megatron_mup train ..."
         )
-    data = world_size // (tensor * pipeline)
-    per_step = run.training.micro_batch_size * data
+    data = world_size // model_ranks
     rampup = run.training.rampup_batch_size
     for name, size in [
         ("global_batch_size", run.training.global_batch_size),
         *zip(("rampup start", "rampup increment"), rampup or [], strict=False),
     ]:
-        if size % per_step:
-            raise ConfigError(
-                f"{name} {size} is not divisible by micro_batch_size "
-                f"{run.training.micro_batch_size} x data-parallel size {data} = {per_step}; "
-                "change global_batch_size, micro_batch_size or the number of processes"
-            )
+        _check_batch(run, name, size, data)
     return data
+
+
+def _check_batch(run: RunConfig, name: str, size: int, data: int) -> None:
+    """Check that a batch (or its growth) divides into microbatches on every rank."""
+    per_step = run.training.micro_batch_size * data
+    if size % per_step:
+        raise ConfigError(
+            f"{name} {size} is not divisible by micro_batch_size "
+            f"{run.training.micro_batch_size} x data-parallel size {data} = {per_step}; "
+            "change global_batch_size, micro_batch_size or the number of processes"
+        )
+    stages = run.parallel.pipeline_model_parallel_size
+    # The interleaved schedule hands microbatches from chunk to chunk in groups of this size.
+    if run.parallel.virtual_stages is not None and (size // per_step) % stages:
+        raise ConfigError(
+            f"{name} {size} makes {size // per_step} microbatches per rank, which is not "
+            f"divisible by pipeline_model_parallel_size {stages} as "
+            "virtual_pipeline_model_parallel_size asks; change global_batch_size or "
+            "micro_batch_size, or leave virtual_pipeline_model_parallel_size out"
+        )
 
 
 @contextmanager
@@ -121,35 +140,48 @@ def parallel_processes(run: RunConfig, launch: Launch) -> Iterator[None]:
     A process group that exists already (made by a host script) is used and left alone.
     """
     owned = not dist.is_initialized()
-    if owned:
-        _init_process_group(launch)
-    try:
-        parallel_state.initialize_model_parallel(
-            run.parallel.tensor_model_parallel_size,
-            run.parallel.pipeline_model_parallel_size,
-            run.parallel.virtual_pipeline_model_parallel_size,
-            context_parallel_size=run.parallel.context_parallel_size,
-        )
-        tensor_parallel.model_parallel_cuda_manual_seed(run.training.seed)
-        yield
-    finally:
-        parallel_state.destroy_model_parallel()
+    # Entered first: CUDA, NCCL and TransformerEngine read their variables when they start.
+    with platform.deterministic() if run.precision.deterministic_mode else nullcontext():
         if owned:
-            dist.destroy_process_group()
+            _init_process_group(launch, timedelta(minutes=run.parallel.distributed_timeout_minutes))
+        try:
+            _init_model_groups(run)
+            yield
+        finally:
+            parallel_state.destroy_model_parallel()
+            if owned:
+                dist.destroy_process_group()
 
 
-def _init_process_group(launch: Launch) -> None:
+def _init_model_groups(run: RunConfig) -> None:
+    parallel = run.parallel
+    parallel_state.initialize_model_parallel(
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        parallel.virtual_stages,
+        context_parallel_size=parallel.context_parallel_size,
+        # Upstream makes a timedelta of it, so a fraction does.
+        distributed_timeout_minutes=parallel.distributed_timeout_minutes,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(run.training.seed)
+
+
+def _init_process_group(launch: Launch, timeout: timedelta) -> None:
     platform.bind_device(launch.local_rank)
     backend = platform.distributed_backend()
     if launch.address is None:
         store: Any = torch.distributed.HashStore()  # type: ignore[attr-defined]
-        dist.init_process_group(backend, store=store, rank=0, world_size=1)
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
         return
     # torchrun's agent already serves the store at this address; env:// joins it.
     served = "TORCHELASTIC_RUN_ID" in os.environ
     address = "env://" if served else f"tcp://{launch.address}:{launch.port}"
     dist.init_process_group(
-        backend, init_method=address, rank=launch.rank, world_size=launch.world_size
+        backend,
+        init_method=address,
+        rank=launch.rank,
+        world_size=launch.world_size,
+        timeout=timeout,
     )
 
 
@@ -159,7 +191,7 @@ def is_log_rank() -> bool:
 
 
 def sum_over_data_parallel(values: torch.Tensor) -> torch.Tensor:
-    """Sum over data-parallel ranks of the last pipeline stage, then give it to every stage.
+    """Sum over data- and context-parallel ranks of the last stage, then give it to every stage.
 
     Args:
         values: any shape; stages other than the last may pass anything of that shape.
@@ -167,7 +199,8 @@ def sum_over_data_parallel(values: torch.Tensor) -> torch.Tensor:
     Returns:
         The same tensor on every rank.
     """
-    dist.all_reduce(values, group=parallel_state.get_data_parallel_group())
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    dist.all_reduce(values, group=group)
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
         last = parallel_state.get_pipeline_model_parallel_last_rank()
         dist.broadcast(values, last, group=parallel_state.get_pipeline_model_parallel_group())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ class TrainState:
         iteration: finished iterations, skipped ones included.
         consumed_samples: sequences read, those of skipped iterations included.
         skipped_iterations: iterations whose update was left out.
+        health: what the judge of bad steps remembers, plain data; carried by checkpoints.
     """
 
     run: RunConfig
@@ -45,6 +46,7 @@ class TrainState:
     iteration: int = 0
     consumed_samples: int = 0
     skipped_iterations: int = 0
+    health: dict[str, Any] = field(default_factory=dict)
 
 
 def build_state(run: RunConfig) -> TrainState:
@@ -58,11 +60,18 @@ def build_state(run: RunConfig) -> TrainState:
     optimizer = build_optimizer(run, table, model_chunks=chunks, wrapped_chunks=wrapped)
     # The schedules read these from the first chunk's configuration.
     config: Any = chunks[0].config
-    no_sync = [chunk.no_sync for chunk in wrapped]
-    config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+    config.no_sync_func = _one_or_list([chunk.no_sync for chunk in wrapped])
     config.finalize_model_grads_func = finalize_model_grads
     config.grad_scale_func = optimizer.scale_loss
+    if run.parallel.overlap_grad_reduce:
+        # All stages reduce at the same point of the schedule, so none slows another one's transfer.
+        config.grad_sync_func = _one_or_list([chunk.start_grad_sync for chunk in wrapped])
     return TrainState(run, table, chunks, wrapped, optimizer, UpdateGuard(optimizer))
+
+
+def _one_or_list(functions: list[Any]) -> Any:
+    """What the schedules take: a function, or one per chunk for the interleaved schedule."""
+    return functions if len(functions) > 1 else functions[0]
 
 
 def _wrap(run: RunConfig, chunk: torch.nn.Module, *, first: bool) -> DistributedDataParallel:

@@ -22,7 +22,7 @@ from megatron_mup.config import LossDenominator
 from megatron_mup.optimizer.build import apply_schedule
 from megatron_mup.optimizer.guard import Veto
 from megatron_mup.optimizer.schedule import run_factor
-from megatron_mup.training.batches import Batch
+from megatron_mup.training.batches import Batch, context_parts
 from megatron_mup.training.state import TrainState
 
 
@@ -40,7 +40,8 @@ def loss_function(
     total = (losses_BS.float() * mask_BS).sum()
     tokens = mask_BS.sum()
     tokens_only = denominator is LossDenominator.TOKENS
-    count = tokens if tokens_only else torch.tensor(mask_BS.numel(), device=mask_BS.device)
+    # Filled on the device: a copy from the host would wait for the queue.
+    count = tokens if tokens_only else tokens.new_full((), mask_BS.numel(), dtype=torch.int)
     return total, count.to(torch.int), {"lm loss": torch.stack([total.detach(), tokens])}
 
 
@@ -63,7 +64,7 @@ def _run_schedule(
     run = state.run
     chunks = state.wrapped_chunks
     # Each model chunk walks through all microbatches on its own.
-    iterators = list(tee(batches, len(chunks)))
+    iterators = list(tee(context_parts(batches), len(chunks)))
     reports = get_forward_backward_func()(
         forward_step_func=partial(_forward_step, run.training.loss_denominator),
         data_iterator=iterators if len(chunks) > 1 else iterators[0],

@@ -1,65 +1,29 @@
-"""TP=2, PP=2 and DP=2 over gloo: one rank's initial weights exactly, its losses to 1e-5."""
+"""Every layout over gloo: one rank's initial weights exactly, its losses to 1e-5.
+
+Each model and layout is trained for ten steps with warmup, clipping and decay; the differences are
+printed as a table at the end of the session.
+"""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 
-from megatron_mup.training.processes import Launch
-from tests.configurations import tiny
-from tests.distributed.spawn import run_ranks
-from tests.distributed.worker import run_cell
+from tests.distributed.cells import LAYOUTS, MUTATIONS, PAIRS
+from tests.distributed.conftest import Cell, Matrix, Reference
+from tests.distributed.summary import PROPERTY
 
-pytestmark = [pytest.mark.dist, pytest.mark.xdist_group("layouts")]
-
-COMMON = [
-    "num_layers=4",
-    "base_num_layers=4",
-    "train_iters=10",
-    "global_batch_size=8",
-    "lr_warmup_iters=3",
-    "weight_decay=0.01",
-    "clip_grad=0.5",
+# The first test waits for all cells, which take long while other jobs use the machine.
+pytestmark = [
+    pytest.mark.dist,
+    pytest.mark.xdist_group("layouts"),
+    pytest.mark.timeout(900),
 ]
-MODELS = {
-    "mup": ["norm_gain=vector"],
-    "tied_gqa": [
-        "untie_embeddings_and_output_weights=false",
-        "output_form=multiplier",
-        "num_query_groups=2",
-        "activation=swiglu",
-    ],
-    "biases_lion": ["add_bias_linear=true", "optimizer.optimizer=lion", "q_init=zero"],
-}
-LAYOUTS = {
-    "tp2": ["tensor_model_parallel_size=2"],
-    "pp2": ["pipeline_model_parallel_size=2"],
-    "dp2": [],
-}
-CELLS = {
-    f"{model}-{layout}": [*COMMON, *MODELS[model], *LAYOUTS[layout]]
-    for model in MODELS
-    for layout in LAYOUTS
-}
-Cell = tuple[dict[str, np.ndarray], dict[str, Any]]
 
-
-@pytest.fixture(scope="module")
-def one_rank() -> dict[str, Cell]:
-    """Each model on one rank, in this process."""
-    return {model: run_cell(tiny(*COMMON, *options), Launch()) for model, options in MODELS.items()}
-
-
-@pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every cell on two ranks, all in one pair of processes."""
-    folder = tmp_path_factory.mktemp("layouts")
-    run_ranks("tests.distributed.worker", {"world_size": 2, "cells": CELLS}, folder)
-    return folder
+LOSS_TOLERANCE, NORM_TOLERANCE = 1e-5, 1e-4
+CLIP_GRAD = 0.1
 
 
 def shard_of(whole: np.ndarray, local: np.ndarray, place: dict[str, int]) -> np.ndarray:
@@ -71,31 +35,79 @@ def shard_of(whole: np.ndarray, local: np.ndarray, place: dict[str, int]) -> np.
     return whole
 
 
-@pytest.mark.parametrize("cell", list(CELLS))
+def loss_difference(found: Cell, expected: Cell) -> float:
+    """Largest difference over the training losses and the evaluation between them."""
+    losses = [
+        np.array(cell.report["losses"] + cell.report["evaluation"]) for cell in (found, expected)
+    ]
+    return float(np.abs(losses[0] - losses[1]).max())
+
+
+@pytest.mark.parametrize(("model", "layout"), PAIRS)
 def test_layout_starts_from_the_weights_of_one_rank(
-    cell: str, two_ranks: Path, one_rank: dict[str, Cell]
+    model: str, layout: str, matrix: Matrix, reference: Reference
 ) -> None:
-    whole, _ = one_rank[cell.split("-")[0]]
+    whole = reference(model, LAYOUTS[layout].layers).weights
     seen = set()
-    for rank in range(2):
-        local = np.load(two_ranks / f"{cell}.rank{rank}.npz")
-        place = json.loads((two_ranks / f"{cell}.rank{rank}.json").read_text())
-        for name in local.files:
-            np.testing.assert_array_equal(
-                local[name], shard_of(whole[name], local[name], place), err_msg=name
-            )
-        seen.update(local.files)
+    for cell in matrix.ranks(model, layout):
+        for name, local in cell.weights.items():
+            expected = shard_of(whole[name], local, cell.report)
+            np.testing.assert_array_equal(local, expected, err_msg=name)
+        seen.update(cell.weights)
     assert seen == set(whole)
 
 
-@pytest.mark.parametrize("cell", list(CELLS))
+@pytest.mark.parametrize(("model", "layout"), PAIRS)
 def test_layout_gives_the_losses_and_gradient_norms_of_one_rank(
-    cell: str, two_ranks: Path, one_rank: dict[str, Cell]
+    model: str,
+    layout: str,
+    matrix: Matrix,
+    reference: Reference,
+    record_property: Callable[[str, object], None],
 ) -> None:
-    _, expected = one_rank[cell.split("-")[0]]
-    assert expected["losses"][-1] < expected["losses"][0]
-    assert min(expected["norms"]) > 0
-    for rank in range(2):
-        found = json.loads((two_ranks / f"{cell}.rank{rank}.json").read_text())
-        assert found["losses"] == pytest.approx(expected["losses"], abs=1e-5)
-        assert found["norms"] == pytest.approx(expected["norms"], rel=1e-4)
+    expected = reference(model, LAYOUTS[layout].layers)
+    cells = matrix.ranks(model, layout)
+    differences = [loss_difference(cell, expected) for cell in cells]
+    record_property(PROPERTY, [model, layout, max(differences)])
+    for cell, difference in zip(cells, differences, strict=True):
+        assert difference <= LOSS_TOLERANCE
+        norms = pytest.approx(expected.report["norms"], rel=NORM_TOLERANCE)
+        assert cell.report["norms"] == norms
+
+
+@pytest.mark.parametrize("model", sorted({model for model, _ in PAIRS}))
+def test_compared_run_learns_while_clipping_and_schedule_act(
+    model: str, reference: Reference
+) -> None:
+    report = reference(model, 4).report
+
+    assert report["losses"][-1] < report["losses"][0]
+    assert sum(norm > CLIP_GRAD for norm in report["norms"]) >= 3
+    # Three steps of warmup from 0, then a linear decay that ends after the last step.
+    assert report["factors"][:4] == pytest.approx([0, 1 / 3, 2 / 3, 1])
+    assert report["factors"][4:] == sorted(report["factors"][4:], reverse=True)
+    assert report["factors"][-1] < 0.5
+
+
+@pytest.mark.parametrize("mutation", list(MUTATIONS))
+def test_matrix_sees_a_defect_of_each_layout(
+    mutation: str, matrix: Matrix, reference: Reference
+) -> None:
+    model, layout = MUTATIONS[mutation]
+    expected = reference(model, LAYOUTS[layout].layers)
+    differences = [
+        loss_difference(cell, expected) for cell in matrix.ranks(model, layout, mutation)
+    ]
+
+    assert max(differences) > 20 * LOSS_TOLERANCE
+
+
+@pytest.mark.parametrize("model", ["mup folded", "lion"])
+def test_distributed_optimizer_holds_half_of_the_moments(model: str, matrix: Matrix) -> None:
+    whole = [cell.report["optimizer_elements"] for cell in matrix.ranks(model, "DP2")]
+    halves = [cell.report["optimizer_elements"] for cell in matrix.ranks(model, "DP2 sharded")]
+
+    assert whole[0] == whole[1] > 0
+    # Megatron pads the halves to equal length, and the padding has no moments.
+    assert sum(halves) == whole[0]
+    assert halves == pytest.approx([whole[0] / 2, whole[0] / 2], rel=0.01)

@@ -190,3 +190,32 @@ def test_zero_residual_projections_change_nothing_else(whole: dict[str, torch.Te
 
 def test_shards_of_a_dimension_cover_it_without_overlap() -> None:
     assert [Shard(rank, 4).span(12) for rank in range(4)] == [(0, 3), (3, 6), (6, 9), (9, 12)]
+
+
+class QuantizedParameter(torch.nn.Parameter):
+    """Stands for TransformerEngine's FP8 weight: rounds what is copied in, keeps what it was."""
+
+    def get_high_precision_init_val(self) -> torch.Tensor:
+        """The bf16 weight before quantization, kept on the CPU."""
+        return self.kept
+
+    def copy_(self, values: torch.Tensor) -> None:
+        """Quantize; here to whole numbers."""
+        self.data.copy_(values.round())
+
+
+def test_fp8_weight_and_the_value_for_its_main_weight_get_the_drawn_values() -> None:
+    run = tiny("init=sigma", "init_method_std=2.0")
+    plain, quantized = (ShardedStage(run.model.shape, 1, (0, 1)) for _ in range(2))
+    qkv = quantized.get_submodule("decoder.layers.0.self_attention.linear_qkv")
+    weight = QuantizedParameter(torch.zeros_like(qkv.weight))
+    weight.kept = torch.full_like(qkv.weight, float("nan")).data
+    qkv.weight = weight
+
+    for stage in (plain, quantized):
+        initialize(stage, run.table, run.model.shape, seed=1, shard=Shard())
+
+    drawn = plain.get_parameter("decoder.layers.0.self_attention.linear_qkv.weight")
+    assert torch.equal(weight.kept, drawn)
+    assert torch.equal(weight.data, drawn.round())
+    assert drawn.abs().max() > 1

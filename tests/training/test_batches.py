@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_mup.config import TrainingConfig
-from megatron_mup.training.batches import global_batch_size, micro_batches, samples_after
+from megatron_mup.training.batches import (
+    context_parts,
+    global_batch_size,
+    micro_batches,
+    samples_after,
+)
 
 KEYS = ("tokens", "labels", "loss_mask", "position_ids")
 
@@ -111,3 +117,28 @@ def test_microbatch_stacks_the_four_tensors_of_training() -> None:
     assert batch["labels"][:, 0].tolist() == [100, 101, 102]
     assert batch["position_ids"].tolist() == [[0, 1], [0, 1], [0, 1]]
     assert batch["tokens"].dtype == torch.int64
+
+
+def test_context_ranks_take_an_early_and_a_late_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = {"tokens": torch.arange(8)[None], "position_ids": torch.arange(8)[None]}
+    read = []
+    for rank in range(2):
+        monkeypatch.setattr(parallel_state, "get_context_parallel_world_size", lambda: 2)
+        monkeypatch.setattr(parallel_state, "get_context_parallel_group", lambda: "group")
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: 2)
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda group, rank=rank: rank)
+        (part,) = context_parts(iter([dict(batch)]))
+        assert torch.equal(part["tokens"], part["position_ids"])
+        read.append(part["position_ids"].tolist())
+
+    # Four chunks of two: 0 and 3, 1 and 2.
+    assert read == [[[0, 1, 6, 7]], [[2, 3, 4, 5]]]
+
+
+def test_batches_pass_unchanged_without_context_parallelism(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(parallel_state, "get_context_parallel_world_size", lambda: 1)
+    batches = iter([{"tokens": torch.zeros(1)}])
+
+    assert context_parts(batches) is batches

@@ -1,13 +1,30 @@
-"""Which launcher started the process, and whether its ranks fill the layout."""
+"""How a process was started, whether the ranks fill the layout, and the options of its groups."""
 
 from __future__ import annotations
 
+from datetime import timedelta
+from unittest.mock import patch
+
 import pytest
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
 
 from megatron_mup.errors import ConfigError
-from megatron_mup.training.processes import Launch, check_layout, detect_launch
+from megatron_mup.training.processes import (
+    Launch,
+    check_layout,
+    detect_launch,
+    parallel_processes,
+)
 from tests.configurations import tiny
 
+ENGINE = ("transformer_impl=transformer_engine", "bf16=true")
+VIRTUAL = (
+    "pipeline_model_parallel_size=2",
+    "num_layers=4",
+    "virtual_pipeline_model_parallel_size=2",
+)
 SRUN = {
     "SLURM_STEP_ID": "0",
     "SLURM_STEP_NUM_TASKS": "4",
@@ -82,6 +99,10 @@ def test_srun_step_without_first_host_names_the_variable_to_export() -> None:
         (("tensor_model_parallel_size=2", "pipeline_model_parallel_size=2"), 4, 1),
         (("tensor_model_parallel_size=2", "pipeline_model_parallel_size=2"), 8, 2),
         (("global_batch_size=8", "rampup_batch_size=[4,4,16]"), 2, 2),
+        ((*ENGINE, "context_parallel_size=2"), 4, 2),
+        ((*ENGINE, "context_parallel_size=2", "tensor_model_parallel_size=2"), 4, 1),
+        # Two microbatches for two stages.
+        (VIRTUAL, 2, 1),
     ],
 )
 def test_data_parallelism_takes_the_ranks_that_are_left(
@@ -111,6 +132,21 @@ def test_data_parallelism_takes_the_ranks_that_are_left(
             2,
             "rampup increment 2 is not divisible",
         ),
+        (
+            (*ENGINE, "context_parallel_size=2"),
+            3,
+            "pipeline_model_parallel_size 1 x context_parallel_size 2; start a multiple of 2",
+        ),
+        (
+            (*VIRTUAL, "global_batch_size=6"),
+            2,
+            "global_batch_size 6 makes 3 microbatches per rank.* divisible by pipeline_model_.* 2",
+        ),
+        (
+            (*VIRTUAL, "global_batch_size=8", "rampup_batch_size=[4,2,16]"),
+            2,
+            "rampup increment 2 makes 1 microbatches per rank",
+        ),
     ],
 )
 def test_ranks_that_do_not_fill_the_layout_are_refused(
@@ -118,3 +154,36 @@ def test_ranks_that_do_not_fill_the_layout_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=words):
         check_layout(tiny(*overrides), world_size)
+
+
+def test_every_group_gives_up_after_the_configured_time() -> None:
+    run = tiny("distributed_timeout_minutes=2.5")
+    with patch.object(dist, "new_group", wraps=dist.new_group) as new_group:  # noqa: SIM117
+        with patch.object(dist, "init_process_group", wraps=dist.init_process_group) as init:
+            with parallel_processes(run, Launch()):
+                pass
+
+    assert init.call_args.kwargs["timeout"] == timedelta(seconds=150)
+    # Upstream forgets the experts' gloo group (0.19.2), which a dense model never uses.
+    used = [call.kwargs for call in new_group.call_args_list]
+    others = {group["group_desc"]: group["timeout"] for group in used}
+    assert others.pop("EXPERT_DATA_PARALLEL_GROUP_GLOO") is None
+    assert len(others) > 10
+    assert set(others.values()) == {timedelta(seconds=150)}
+
+
+def test_deterministic_mode_holds_while_the_processes_run() -> None:
+    with parallel_processes(tiny("deterministic_mode=true"), Launch()):
+        assert torch.are_deterministic_algorithms_enabled()
+    assert not torch.are_deterministic_algorithms_enabled()
+
+    with parallel_processes(tiny(), Launch()):
+        assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_groups_are_gone_after_a_failure_inside() -> None:
+    with pytest.raises(ZeroDivisionError), parallel_processes(tiny(), Launch()):
+        raise ZeroDivisionError
+
+    assert not parallel_state.model_parallel_is_initialized()
+    assert not dist.is_initialized()

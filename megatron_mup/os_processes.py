@@ -1,0 +1,74 @@
+"""Processes as the operating system sees them: is one still there, how old is this one, its end.
+
+Reads Linux's /proc and nothing else; where it is missing, the answer is None or "just started".
+Must not import anything of the package.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+from typing import NoReturn
+
+_PROC = Path("/proc")
+_STATE, _START = 0, 19
+"""Places in /proc/PID/stat after the command name, man 5 proc: fields 3 and 22."""
+
+
+def process_start(pid: int) -> int | None:
+    """When a process started, in clock ticks since boot; with the pid it names one process.
+
+    Returns:
+        None if there is no such process, or only its zombie.
+    """
+    try:
+        stat = (_PROC / str(pid) / "stat").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return None
+    # The command name, in parentheses, may itself hold spaces and parentheses.
+    fields = stat.rpartition(")")[2].split()
+    return None if fields[_STATE] in ("Z", "X") else int(fields[_START])
+
+
+def seconds_since_start() -> float:
+    """Age of this process in seconds; 0 where the system does not tell."""
+    started = process_start(os.getpid())
+    if started is None:
+        return 0.0
+    return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - started / os.sysconf("SC_CLK_TCK"))
+
+
+def machine_identity() -> str | None:
+    """Where a pid means the same process: one boot of one kernel, one pid namespace.
+
+    Containers on one machine can share its host name and still number their processes alike.
+
+    Returns:
+        None where the system does not tell.
+    """
+    try:
+        boot = (_PROC / "sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot} {os.readlink(_PROC / 'self/ns/pid')}"
+    except OSError:
+        return None
+
+
+def end_now(code: int) -> NoReturn:
+    """End this process without its usual farewell, which can wait for ranks that are gone.
+
+    Left out are ``atexit`` (multiprocessing joins its children there), destructors and threads;
+    output streams are flushed.
+
+    Args:
+        code: exit code.
+    """
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        # Whoever read the output may be gone, too.
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)

@@ -1,0 +1,124 @@
+"""What happens before the first step: every check that can be made, data, and who owns the folder.
+
+Checks that need neither processes nor a model come first, so that a wrong option costs seconds.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_mup import platform
+from megatron_mup.checkpoint.lease import Lease
+from megatron_mup.checkpoint.resume import (
+    FoundCheckpoint,
+    check_resumable,
+    check_save_folder,
+    from_first_rank,
+)
+from megatron_mup.checkpoint.retention import remove_leftovers
+from megatron_mup.config import RunConfig
+from megatron_mup.data.checks import check_epochs, check_training_data
+from megatron_mup.data.datasets import Samples, build_datasets
+from megatron_mup.flops import model_flops_per_sequence, peak_tflops
+from megatron_mup.model.layer_specs import check_implementation
+from megatron_mup.training.batches import samples_after
+from megatron_mup.training.interval import Interval
+from megatron_mup.training.outputs import check_outputs
+from megatron_mup.training.processes import Launch, check_layout, is_log_rank
+
+
+@dataclass(frozen=True)
+class TrainData:
+    """Samples to train on and, optionally, held-out samples."""
+
+    train: Samples
+    valid: Samples | None = None
+
+
+def check_before_work(run: RunConfig, launch: Launch, *, with_shards: bool) -> None:
+    """Every check that needs neither processes nor model.
+
+    Raises:
+        MupError: what is wrong, and how to mend it.
+    """
+    check_layout(run, launch.world_size)
+    check_implementation(run.model)
+    check_outputs(run)
+    check_resumable(run)
+    check_save_folder(run)
+    if with_shards:
+        check_training_data(run)
+        check_epochs(run, samples_after(run.training, run.planned_iters))
+
+
+def hold_save_folder(run: RunConfig, stack: ExitStack) -> Lease | None:
+    """Take the save folder for this job and clean up after a killed one; every rank must call it.
+
+    Args:
+        run: the run's configuration.
+        stack: gives the folder back at the end.
+
+    Returns:
+        The lease on the first rank; None elsewhere and without ``checkpoint.save``.
+
+    Raises:
+        CheckpointError: another job holds it.
+    """
+    if run.checkpoint.save is None:
+        return None
+    folder = Path(run.checkpoint.save)
+    lease = Lease(folder, timeout_seconds=run.faults.lease_timeout_seconds)
+
+    def take() -> None:
+        stack.enter_context(lease)
+        remove_leftovers(folder)
+
+    from_first_rank(take)
+    return lease if is_log_rank() else None
+
+
+def configured_data(run: RunConfig) -> TrainData:
+    """Datasets of the configured shards, sized for the whole run.
+
+    Megatron's shuffle depends on the number of epochs that are asked for. The planned length
+    fixes it, so a run that stops early and is resumed reads what the uninterrupted one reads.
+    """
+    train_samples = samples_after(run.training, run.planned_iters)
+    valid_samples = run.training.eval_iters * run.training.global_batch_size
+    train_set, valid_set = build_datasets(
+        run, train_samples=train_samples, valid_samples=valid_samples
+    )
+    return TrainData(train_set, valid_set)
+
+
+def data_text(run: RunConfig) -> str:
+    """How often the training shards are read, in words."""
+    epochs = check_epochs(run, samples_after(run.training, run.planned_iters))
+    listed = ", ".join(f"'{prefix}' {count:.3g}" for prefix, count in epochs.items())
+    return f"epochs of the training shards: {listed}"
+
+
+def origin_text(run: RunConfig, found: FoundCheckpoint | None) -> str:
+    """Where the weights come from, in words."""
+    load = run.checkpoint.load
+    if found is None:
+        return f"'{load}' holds no checkpoint: starting from scratch"
+    what = "weights of" if run.checkpoint.finetune else "resuming from"
+    return f"{what} '{load}' at iteration {found.iteration}"
+
+
+def new_interval(run: RunConfig) -> Interval:
+    """The sums of a log interval, with this machine's peak if it is known."""
+    peak = run.logging.peak_tflops_per_device
+    if peak is None and platform.has_cuda():
+        fp8 = run.precision.fp8_format is not None
+        peak = peak_tflops(torch.cuda.get_device_name(), fp8=fp8)
+    return Interval(
+        run,
+        flops_per_sample=model_flops_per_sequence(run.model).total,
+        peak_flops=None if peak is None else peak * 1e12,
+    )

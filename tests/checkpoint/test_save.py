@@ -1,0 +1,295 @@
+"""Checkpoints are published whole or not at all, and training neither waits nor is seen in them."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+from megatron_mup.checkpoint import save as save_module
+from megatron_mup.checkpoint import writing as writing_module
+from megatron_mup.checkpoint.contents import saved_tree
+from megatron_mup.checkpoint.folders import TRACKER
+from megatron_mup.checkpoint.integrity import CHECKSUMS, check_files, read_checksums
+from megatron_mup.checkpoint.save import CheckpointSaver, _give_name
+from megatron_mup.checkpoint.writing import ForkedWriter, Plan, Written, plan_writing, write_now
+from megatron_mup.config import RunConfig
+from megatron_mup.training.batches import micro_batches
+from megatron_mup.training.processes import Launch, parallel_processes
+from megatron_mup.training.state import TrainState, build_state
+from megatron_mup.training.step import train_step
+from tests.checkpoint.short_runs import folders, losses, run_training
+from tests.configurations import tiny
+from tests.random_samples import RandomSamples
+
+
+def step(state: TrainState) -> None:
+    """One training step on random tokens."""
+    run = state.run
+    batches = micro_batches(
+        RandomSamples(run.model.vocab_size, run.model.seq_length),
+        first=state.consumed_samples,
+        batch_size=4,
+        micro_batch_size=2,
+        data_rank=0,
+        data_size=1,
+    )
+    train_step(state, batches, 2)
+    state.consumed_samples += 4
+
+
+@contextmanager
+def trained(run: RunConfig, steps: int) -> Iterator[TrainState]:
+    """A state after some steps."""
+    with parallel_processes(run, Launch()):
+        state = build_state(run)
+        for _ in range(steps):
+            step(state)
+        yield state
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """Let no file of this process, or of one it starts, grow beyond a size."""
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, old[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+
+
+@dataclass
+class Gate:
+    """Keeps writers from beginning until it is opened, once for each."""
+
+    reading: int
+    writing: int
+
+    def open(self) -> None:
+        """Let one writer begin."""
+        os.write(self.writing, b"x")
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
+    """A gate in front of every writer of this test."""
+    gate = Gate(*os.pipe())
+
+    def held(plan: Plan) -> Written | str:
+        os.read(gate.reading, 1)
+        return write_now(plan)
+
+    monkeypatch.setattr(writing_module, "write_now", held)
+    yield gate
+    os.close(gate.reading)
+    os.close(gate.writing)
+
+
+def names(folder: Path) -> set[str]:
+    """What a folder holds of checkpoints; a run leaves other things there as well."""
+    return {path.name for path in folder.iterdir() if "iter" in path.name}
+
+
+@pytest.mark.parametrize("variant", ["bf16=false", "bf16=true", "use_distributed_optimizer=true"])
+def test_training_during_a_save_is_not_seen_in_it(variant: str, gate: Gate, tmp_path: Path) -> None:
+    for name in ("true", "false"):
+        run = tiny(variant, f"async_save={name}", f"save={tmp_path / name}")
+        with trained(run, steps=2) as state:
+            saver = CheckpointSaver(run)
+            if name == "false":
+                gate.open()
+            saver.start(state)
+            step(state)
+            step(state)
+            saver.poll()
+            assert saver.in_flight == (name == "true")
+            if name == "true":
+                gate.open()
+            saver.wait()
+            assert saver.failed is None
+    asynchronous = read_checksums(tmp_path / "true" / "iter_0000002")
+    synchronous = read_checksums(tmp_path / "false" / "iter_0000002")
+    assert asynchronous["__0_0.distcp"] == synchronous["__0_0.distcp"]
+    assert check_files(tmp_path / "true" / "iter_0000002") == []
+
+
+def test_a_run_resumed_from_asynchronous_checkpoints_equals_the_whole_run(tmp_path: Path) -> None:
+    options = ["lr_decay_iters=8", "save_interval=1", "async_save=true"]
+    whole = run_training(tiny("train_iters=8"))
+    first = run_training(tiny(*options, "train_iters=5", *folders(tmp_path)))
+    second = run_training(tiny(*options, "train_iters=8", *folders(tmp_path, load=True)))
+    assert losses(first) + losses(second) == losses(whole)
+    assert names(tmp_path) == {f"iter_{i:07d}" for i in range(1, 9)} | {TRACKER}
+
+
+def test_a_full_disk_costs_the_save_and_nothing_else(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = tiny("async_save=true", f"save={tmp_path}")
+    with trained(run, steps=1) as state:
+        saver = CheckpointSaver(run)
+        saver.start(state)
+        saver.wait()
+        step(state)
+        with largest_file(100_000):
+            saver.start(state)
+        saver.wait()
+        assert saver.failed is not None
+        assert saver.failed.endswith("iter_0000002.tmp/__0_0.distcp: File too large")
+        assert "could not save iteration 2" in caplog.text
+        assert "the newest is iteration 1" in caplog.text
+        assert names(tmp_path) == {"iter_0000001", TRACKER}
+        assert check_files(tmp_path / "iter_0000001") == []
+        step(state)
+        saver.start(state)
+        saver.wait()
+        assert saver.failed is None
+    assert names(tmp_path) == {"iter_0000001", "iter_0000003", TRACKER}
+    assert (tmp_path / TRACKER).read_text() == "3"
+
+
+def test_a_disk_that_fills_up_with_the_last_files_costs_the_save_as_well(tmp_path: Path) -> None:
+    run = tiny("async_save=true", f"save={tmp_path}")
+    with trained(run, steps=1) as state:
+        saver = CheckpointSaver(run)
+        saver.start(state)
+        # The writer has the old limit, the metadata and checksums of this process do not fit.
+        with largest_file(2000):
+            saver.wait()
+        assert saver.failed is not None
+        assert "File too large" in saver.failed
+    assert names(tmp_path) == set()
+
+
+def test_a_killed_writer_is_reported(gate: Gate, tmp_path: Path) -> None:
+    run = tiny("async_save=true", f"save={tmp_path}")
+    with trained(run, steps=1) as state:
+        saver = CheckpointSaver(run)
+        saver.start(state)
+        (writer,) = psutil.Process().children()
+        os.kill(writer.pid, signal.SIGKILL)
+        saver.wait()
+        assert saver.failed == "the writing process ended with exit status -9"
+    assert names(tmp_path) == set()
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process exists that is not only waiting to be collected."""
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+def test_the_writer_dies_with_its_rank(gate: Gate, tmp_path: Path) -> None:
+    temporary = tmp_path / "iter_0000001.tmp"
+    temporary.mkdir()
+    with trained(tiny(), steps=1) as state:
+        plan = plan_writing(saved_tree(state), temporary)
+        # Stands for the rank; it has no process groups of its own, so it only writes.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            rank = os.fork()
+        if rank == 0:
+            ForkedWriter(plan)
+            (writer,) = psutil.Process().children()
+            (tmp_path / "writer").write_text(str(writer.pid))
+            os.kill(os.getpid(), signal.SIGKILL)
+        os.waitpid(rank, 0)
+    writer_pid = int((tmp_path / "writer").read_text())
+    deadline = time.monotonic() + 20
+    while is_running(writer_pid) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not is_running(writer_pid)
+
+
+def test_an_unwritable_folder_costs_the_save_only(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    run = tiny(f"save={tmp_path / 'file' / 'checkpoints'}")
+    with trained(run, steps=1) as state:
+        saver = CheckpointSaver(run)
+        saver.start(state)
+        assert saver.failed is not None
+        assert saver.failed.endswith("iter_0000001.tmp: Not a directory")
+
+
+def test_old_checkpoints_are_deleted_but_for_the_last_ones_and_every_nth(tmp_path: Path) -> None:
+    options = ["train_iters=7", "save_interval=1", "keep_last=2", "save_retain_interval=3"]
+    run_training(tiny(*options, *folders(tmp_path)))
+    kept = {"iter_0000003", "iter_0000006", "iter_0000007"}
+    assert names(tmp_path) == kept | {TRACKER}
+
+
+def test_a_tracker_that_was_not_written_leaves_the_checkpoint_newest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def killed(_root: Path, _iteration: int) -> None:
+        raise OSError("the disk is gone")
+
+    options = ["lr_decay_iters=6", "save_interval=2"]
+    run_training(tiny(*options, "train_iters=2", *folders(tmp_path)))
+    monkeypatch.setattr(save_module, "write_tracker", killed)
+    run_training(tiny(*options, "train_iters=4", *folders(tmp_path, load=True)))
+    assert (tmp_path / TRACKER).read_text() == "2"
+    monkeypatch.undo()
+    result = run_training(tiny(*options, "train_iters=5", *folders(tmp_path, load=True)))
+    assert "names '2', but iteration 4 is used; checkpoint.ckpt_step chooses" in caplog.text
+    assert [row["iteration"] for row in result.history] == [5.0]
+
+
+def test_a_run_that_went_back_leaves_its_abandoned_future_behind(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = ["lr_decay_iters=6"]
+    run_training(tiny(*options, "train_iters=4", "save_interval=2", *folders(tmp_path)))
+    back = [*options, "train_iters=3", "keep_last=1", "ckpt_step=2"]
+    run_training(tiny(*back, *folders(tmp_path, load=True)))
+    assert names(tmp_path) == {"iter_0000003", "iter_0000004.abandoned", TRACKER}
+    assert "ckpt_step=2 goes back behind iterations [4]" in caplog.text
+    result = run_training(tiny(*options, "train_iters=4", *folders(tmp_path, load=True)))
+    assert [row["iteration"] for row in result.history] == [4.0]
+
+
+def test_a_checkpoint_of_the_same_name_is_replaced_whole(tmp_path: Path) -> None:
+    final, temporary = tmp_path / "iter_0000002", tmp_path / "iter_0000002.tmp"
+    for folder, content in ((final, "old"), (temporary, "new")):
+        folder.mkdir()
+        (folder / "weights").write_text(content)
+    _give_name(temporary, final)
+    assert (final / "weights").read_text() == "new"
+    assert names(tmp_path) == {"iter_0000002"}
+
+
+def test_every_file_of_a_checkpoint_has_a_checksum(tmp_path: Path) -> None:
+    run_training(tiny("train_iters=1", *folders(tmp_path)))
+    folder = tmp_path / "iter_0000001"
+    assert set(read_checksums(folder)) == {
+        "__0_0.distcp",
+        ".metadata",
+        "metadata.json",
+        "parameterization.json",
+    }
+    assert {path.name for path in folder.iterdir()} == {*read_checksums(folder), CHECKSUMS}
+    record = json.loads((folder / "parameterization.json").read_text())
+    assert record["provenance"]["world_size"] == 1
+    assert record["provenance"]["packages"]["megatron-core"] == "0.19.2"
+    assert record["provenance"]["revision"].startswith("0.")
+
+
+def test_a_failed_run_stops_its_writer(gate: Gate, tmp_path: Path) -> None:
+    run = tiny("async_save=true", f"save={tmp_path}")
+    with trained(run, steps=1) as state:
+        saver = CheckpointSaver(run)
+        saver.start(state)
+        assert len(psutil.Process().children()) == 1
+        saver.close()
+        assert psutil.Process().children() == []
+        assert not saver.in_flight

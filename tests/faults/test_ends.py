@@ -1,0 +1,167 @@
+"""How a run ends when it is asked to, or has to: exit code, message, and what is left on disk."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.faults.runs import TRAIN_ITERS, Run
+
+pytestmark = [pytest.mark.dist, pytest.mark.xdist_group("faults")]
+
+LONG = ["train_iters=100000", "lr_decay_iters=100000", "log_interval=1"]
+"""More than any test waits for."""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_saves_and_ends_and_the_next_start_continues(
+    run: Run, number: signal.Signals
+) -> None:
+    process = run.start(*LONG)
+    process.wait_for(process.output, "iteration      10/")
+    process.send(number)
+    assert process.wait() == 75
+    assert f"{number.name}" in process.text
+    (iteration,) = run.saved()
+    assert iteration >= 10
+    assert run.status["state"] == "stopped"
+    assert run.status["last_checkpoint"] == iteration
+    again = run.start(*LONG, log="again")
+    again.wait_for(again.output, f"iteration {iteration + 2:>7}/")
+    assert f"resuming from '{run.checkpoints}' at iteration {iteration}" in again.text
+    again.kill()
+
+
+def test_a_stopped_run_ends_in_the_uninterrupted_runs_losses(
+    run: Run, uninterrupted: dict[int, float]
+) -> None:
+    process = run.start()
+    process.wait_for(process.output, "iteration       3/")
+    process.send(signal.SIGUSR1)
+    code = process.wait()
+    assert code in (75, 0)
+    assert run.start().wait() == 0
+    assert run.losses == uninterrupted
+
+
+def test_a_signal_to_one_rank_stops_all_ranks_at_the_same_iteration(run: Run) -> None:
+    ranks = run.start_ranks(2, *LONG, "tensor_model_parallel_size=2")
+    ranks[0].wait_for(ranks[0].output, "iteration       5/")
+    ranks[1].send(signal.SIGTERM)
+    assert [rank.wait() for rank in ranks] == [75, 75]
+    (iteration,) = run.saved()
+    assert run.status["iteration"] == iteration
+
+
+def test_the_time_limit_saves_and_ends(run: Run) -> None:
+    process = run.start(*LONG, "exit_duration_in_mins=0.05")
+    assert process.wait() == 75
+    assert "exit_duration_in_mins" in process.text
+    assert run.saved()
+
+
+def test_a_rank_that_is_killed_ends_the_others_with_its_loss_in_words(run: Run) -> None:
+    ranks = run.start_ranks(2, *LONG, "save_interval=5")
+    ranks[0].wait_for(ranks[0].output, "iteration       8/")
+    ranks[1].kill()
+    assert ranks[0].wait() == 76
+    assert "rank 0 lost another rank" in ranks[0].text
+    assert max(run.saved()) >= 5
+    assert run.status["state"] == "failed"
+
+
+def test_a_full_disk_costs_only_the_checkpoint(run: Run, uninterrupted: dict[int, float]) -> None:
+    first = run.start("save_interval=4")
+    first.wait_for(run.checkpoints / "iter_0000008")
+    first.kill()
+    before = run.saved()
+    # No file may grow beyond 20 kB: what a full disk does, where a test cannot fill one.
+    full = run.start("save_interval=4", file_size_limit=20_000, log="full")
+    assert full.wait() == 74
+    assert "could not save iteration" in full.text
+    assert f"iteration {TRAIN_ITERS:>7}/{TRAIN_ITERS}" in full.text
+    assert run.saved() == before
+    assert not list(run.checkpoints.glob("*.tmp"))
+    assert run.start("save_interval=4").wait() == 0
+    assert run.losses == uninterrupted
+
+
+def test_divergence_stops_the_run_and_keeps_the_batch(run: Run) -> None:
+    process = run.start("optimizer.lr=1e30", "lr_warmup_iters=0")
+    assert process.wait() == 3
+    assert "gradient norm is" in process.text
+    assert not run.saved()
+    assert run.status["state"] == "diverged"
+    (kept,) = (run.checkpoints / "bad_batches").iterdir()
+    with np.load(kept, allow_pickle=False) as batch:
+        assert batch["tokens"].shape == batch["labels"].shape == (4, 16)
+        assert (batch["tokens"][:, 1:] == batch["labels"][:, :-1]).all()
+        assert "gradient norm" in str(batch["reason"])
+
+
+def test_skipping_gives_up_after_too_many_bad_steps(run: Run) -> None:
+    process = run.start(
+        "optimizer.lr=1e30",
+        "lr_warmup_iters=0",
+        "bad_step_policy=skip",
+        "max_skipped_steps=3",
+    )
+    assert process.wait() == 3
+    assert process.text.count("its update is left out") == 3
+    assert "faults.max_skipped_steps allows" in process.text
+
+
+def test_data_that_runs_out_is_refused_before_training(run: Run) -> None:
+    process = run.start("data.max_epochs=0.5")
+    assert process.wait() == 2
+    assert "the training data runs out" in process.text
+    assert "iteration " not in process.text.split("error:")[0]
+
+
+@pytest.mark.parametrize("folder", ["/proc/nowhere", "/dev/null/checkpoints"])
+def test_a_folder_that_cannot_be_written_is_refused_before_training(run: Run, folder: str) -> None:
+    process = run.start(f"checkpoint.save={folder}", f"checkpoint.load={folder}")
+    assert process.wait() == 2
+    assert f"cannot write to '{folder}' of checkpoint.save" in process.text
+
+
+def test_a_second_job_is_refused_while_the_first_lives_and_takes_over_when_it_is_dead(
+    run: Run,
+) -> None:
+    first = run.start(*LONG, "save_interval=5")
+    first.wait_for(run.checkpoints / "iter_0000005")
+    second = run.start(*LONG, log="second")
+    assert second.wait() == 2
+    assert f"process {first.pid}" in second.text
+    first.kill()
+    newest = max(run.saved())
+    third = run.start(*LONG, log="third")
+    third.wait_for(third.output, f"iteration {newest + 2:>7}/")
+    assert "taken over from" in third.text
+    third.send(signal.SIGTERM)
+    assert third.wait() == 75
+
+
+def test_the_newest_whole_checkpoint_is_used_when_one_is_damaged(
+    run: Run, uninterrupted: dict[int, float]
+) -> None:
+    process = run.start("save_interval=4")
+    process.wait_for(run.checkpoints / "iter_0000012")
+    process.kill()
+    newest = run.checkpoints / f"iter_{max(run.saved()):07d}"
+    flip_one_bit(next(newest.glob("*.distcp")))
+    again = run.start("save_interval=4", log="again")
+    assert again.wait() == 0
+    assert f"{newest}" in again.text
+    assert f"at iteration {max(run.saved()[:-1])}" not in newest.name
+    assert run.losses == uninterrupted
+
+
+def flip_one_bit(path: Path) -> None:
+    """Change the middle of a file, not its length."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
