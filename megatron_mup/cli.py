@@ -90,7 +90,11 @@ def train(
     run = load_config(_require_config(config), overrides or [])
     if dry:
         _print_dry_run(run, world_size)
-        return
+    else:
+        _train(run)
+
+
+def _train(run: RunConfig) -> None:
     from megatron_mup.training.loop import train as run_training
 
     result = run_training(run, echo=typer.echo)

@@ -18,13 +18,17 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_mup.benchmark.contestants import random_batches
 from megatron_mup.config import RunConfig
 from megatron_mup.training import loop, step
-from megatron_mup.training.batches import Batch
+from megatron_mup.training.batches import Batch, micro_batches
+from megatron_mup.training.preparation import TrainData
 from megatron_mup.training.processes import Launch
+from megatron_mup.training.state import build_state
+from megatron_mup.training.step import train_step
 
 LIMIT = 0.02
 """Largest share of a step that the loop may take, which ``make bench`` checks."""
@@ -113,18 +117,16 @@ class _Stopwatch:
 @contextmanager
 def _clocks(watch: _Stopwatch) -> Iterator[None]:
     """Put the stopwatch into the step for a while."""
-    train_step, build, micro_batches = loop.train_step, loop.build_state, loop.micro_batches
-    get_schedule = step.get_forward_backward_func
 
     def counted_step(*args: Any, **kwargs: Any) -> Any:
         watch.step_begins()
         return train_step(*args, **kwargs)
 
     def timed_schedule() -> Callable[..., Any]:
-        return watch.timed(get_schedule())
+        return watch.timed(get_forward_backward_func())
 
     def timed_state(run: RunConfig) -> Any:
-        state = build(run)
+        state = build_state(run)
         state.optimizer.step = watch.timed(state.optimizer.step)
         return state
 
@@ -157,7 +159,7 @@ def loop_cost(run: RunConfig, model: str, folder: Path, *, steps: int) -> LoopCo
     )
     watch = _Stopwatch()
     with _clocks(watch):
-        loop.train(run, data=loop.TrainData(RandomTokens(run)), launch=Launch(), echo=_silent)
+        loop.train(run, data=TrainData(RandomTokens(run)), launch=Launch(), echo=_silent)
     spans = [
         (end - start, engine)
         for start, end, engine in zip(watch.starts, watch.starts[1:], watch.engine, strict=False)

@@ -122,7 +122,7 @@ class LoggingConfig:
     """Iterations between log lines."""
 
     peak_tflops_per_device: float | None = None
-    """Peak of one device in TFLOP/s, for MFU; unset: known for H100, H200, A100, else no MFU."""
+    """Peak of one device in TFLOP/s, for MFU; unset: known for A100, H100, H200, B200."""
 
     metrics_path: str | None = None
     """JSON lines file to append metrics to."""

@@ -364,7 +364,7 @@ def _data_size() -> int:
 
 def _reads_data() -> bool:
     """One rank of each data-parallel replica."""
-    return (
+    return bool(
         parallel_state.get_tensor_model_parallel_rank() == 0
         and parallel_state.get_context_parallel_rank() == 0
         and parallel_state.is_pipeline_first_stage()

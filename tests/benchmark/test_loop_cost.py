@@ -33,10 +33,10 @@ def test_slow_reading_is_the_loops_and_not_the_engines(
     monkeypatch.setattr(module, "RandomTokens", SlowRandomTokens)
     slow = loop_cost(TINY, "slow", tmp_path, steps=4)
     assert fast.steps == slow.steps == 4
-    # Two samples of 50 ms a step.
-    assert slow.step_seconds - slow.engine_seconds == pytest.approx(0.1, rel=0.5)
+    # Two samples of 50 ms a step; more on a busy machine, never less.
+    assert slow.step_seconds - slow.engine_seconds >= 0.1
+    assert fast.step_seconds - fast.engine_seconds < 0.1
     assert slow.share > fast.share > 0
-    assert slow.engine_seconds < 0.1
 
 
 def test_a_share_above_the_limit_is_not_met() -> None:
