@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 STATUS = "status.json"
 REMEMBERED_LOSSES = 20
 """Logged losses that are kept for the trend."""
+SECONDS_BETWEEN_REPORTS = 1.0
+"""Log lines that follow each other faster are not all reported: a report costs milliseconds."""
 
 
 class RunState(StrEnum):
@@ -144,6 +146,7 @@ class StatusWriter:
     ) -> None:
         self._folder = folder
         self._failing = False
+        self._written = -math.inf
         self._status = Status(
             state=RunState.STARTING,
             iteration=iteration,
@@ -193,7 +196,8 @@ class StatusWriter:
             seconds_per_iteration=seconds_per_iteration,
             skipped_steps=skipped_steps,
         )
-        self._write()
+        if time.monotonic() - self._written >= SECONDS_BETWEEN_REPORTS:
+            self._write()
 
     def saved(self, iteration: int) -> None:
         """Report a checkpoint that is published."""
@@ -204,6 +208,7 @@ class StatusWriter:
         if self._folder is None:
             return
         self._status = replace(self._status, updated=time.time())
+        self._written = time.monotonic()
         try:
             write_status(self._folder, self._status)
             self._failing = False

@@ -302,7 +302,7 @@ def _loss_line(report: Report) -> str:
 def _speed_line(status: Status) -> str:
     forms = (
         ("tokens/sec", "{:,.0f} tokens/s"),
-        ("tflops/device", "{:.1f} model TFLOP/s per device"),
+        ("tflops/device", "{:.4g} model TFLOP/s per device"),
         ("mfu", "MFU {:.1%}"),
     )
     metrics = status.metrics

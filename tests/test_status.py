@@ -34,7 +34,7 @@ STATUS = Status(
     started=NOW - 5000,
     updated=NOW - 5,
     seconds_per_iteration=0.5,
-    metrics={"lm loss": 2.0, "tokens/sec": 123456.0, "tflops/device": 412.04, "mfu": 0.4164},
+    metrics={"lm loss": 2.0, "tokens/sec": 123456.0, "tflops/device": 412.34, "mfu": 0.4164},
     losses=((1170, 2.5), (1180, 2.3), (1190, 2.2), (1200, 2.0)),
     skipped_steps=3,
 )
@@ -71,7 +71,7 @@ def test_a_run_that_trains_is_shown_with_progress_health_and_time_left(tmp_path:
             # 8,800 iterations of half a second.
             "training, iteration 1,200 of 10,000 (12.0%), 0.5 s per iteration, 1:13:20 left",
             "loss 2.0000 at iteration 1,200, -0.3000 over the last 4 log lines",
-            "123,456 tokens/s, 412.0 model TFLOP/s per device, MFU 41.6%",
+            "123,456 tokens/s, 412.3 model TFLOP/s per device, MFU 41.6%",
             "last checkpoint: iteration 1,000, 0:02:00 old",
             "skipped steps: 3",
             "job 991, host node7, process 4242, 64 ranks, megatron_mup 0.1.0-abc; last report "
@@ -220,6 +220,7 @@ def test_the_valid_example_is_read_and_unknown_fields_are_passed_over(tmp_path: 
         ("iteration", 2**60), ("train_iters", 0), ("train_iters", "10"), ("log_interval", 0),
         ("lease_timeout_seconds", -1), ("updated", 1e200), ("started", None), ("host", 5),
         ("host", "x" * 5000), ("metrics", []), ("metrics", {"a": "b"}), ("losses", [[1]]),
+        ("metrics", {"a": math.inf}), ("metrics", {"tokens/sec": 10**400}),
         ("losses", [[1, "x"]]), ("losses", {}), ("exit_reason", 3), ("seconds_per_iteration", "1"),
     ],
 )  # fmt: skip
@@ -304,6 +305,22 @@ def test_the_writer_reports_every_change(tmp_path: Path) -> None:
     assert math.isnan(last.losses[-1][1])
     assert last.updated >= first.updated >= first.started
     assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
+
+
+def test_fast_log_lines_are_reported_once_a_second(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 50.0
+    monkeypatch.setattr("megatron_mup.status.time.monotonic", lambda: now)
+    writer = StatusWriter(tmp_path, tiny())
+    seen = []
+    for iteration in range(1, 6):
+        now += 0.4
+        writer.logged(iteration, {}, seconds_per_iteration=0.4)
+        seen.append(read_status(tmp_path).iteration)
+    assert seen == [0, 0, 3, 3, 3]
+    writer.enter(RunState.SAVING)
+    assert read_status(tmp_path).iteration == 5
 
 
 def test_a_status_that_cannot_be_written_is_reported_once_and_costs_nothing_else(

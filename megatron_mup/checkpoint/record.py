@@ -109,14 +109,8 @@ def check_record(
             f"checkpoint record has format {saved.get('format')}, this version reads "
             f"{READABLE_FORMATS}; it was written by megatron_mup {saved.get('version')}"
         )
-    current = make_record(run)
-    multipliers = _multiplier_differences(saved, current)
     if weights_only:
-        changes = _option_changes(saved, run, _FINETUNED, free=_FINETUNE_FREE)
-        lines = [change.text for change in changes]
-        lines += difference(saved["table"], current["table"], keys=FUNCTION_KEYS)
-        if multipliers + lines:
-            _refuse(multipliers + lines, "use the checkpoint's model and multipliers")
+        _check_weights(saved, run)
         return []
     changes = _option_changes(saved, run, _RESUMED, free=_RESUME_FREE)
     changes += _length_changes(saved, run) + _data_changes(saved, data)
@@ -125,14 +119,25 @@ def check_record(
     refused = [change for change in changes if change not in accepted]
     free_numbers = any(change.touches(_TABLE_SECTIONS) for change in accepted)
     keys = FUNCTION_KEYS if free_numbers else NUMBER_KEYS
+    multipliers = _multiplier_differences(saved, run)
     lines = multipliers + [change.text for change in refused]
-    lines += difference(saved["table"], current["table"], keys=keys)
-    if lines:
-        _refuse(lines, _resume_cure(refused, accepted, function_differs=bool(multipliers)))
+    lines += difference(saved["table"], run.table.to_json(), keys=keys)
+    _refuse(lines, _resume_cure(refused, accepted, function_differs=bool(multipliers)))
     return accepted
 
 
+def _check_weights(saved: Mapping[str, Any], run: RunConfig) -> None:
+    lines = _multiplier_differences(saved, run)
+    changes = _option_changes(saved, run, _FINETUNED, free=_FINETUNE_FREE)
+    lines += [change.text for change in changes]
+    lines += difference(saved["table"], run.table.to_json(), keys=FUNCTION_KEYS)
+    _refuse(lines, "use the checkpoint's model and multipliers")
+
+
 def _refuse(lines: list[str], cure: str) -> None:
+    """Raise CheckpointError if there is a line."""
+    if not lines:
+        return
     listed = "\n  ".join(lines)
     raise CheckpointError(f"the checkpoint belongs to another run:\n  {listed}\n{cure}")
 
@@ -148,10 +153,10 @@ def _resume_cure(refused: list[Change], accepted: list[Change], *, function_diff
     return cure + ", or load only the weights with checkpoint.finetune=true"
 
 
-def _multiplier_differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+def _multiplier_differences(saved: Mapping[str, Any], run: RunConfig) -> list[str]:
     return [
         f"{name} multiplier was {saved['multipliers'].get(name)}, now {value}"
-        for name, value in current["multipliers"].items()
+        for name, value in asdict(run.table.multipliers).items()
         if saved["multipliers"].get(name) != value
     ]
 

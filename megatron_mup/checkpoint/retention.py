@@ -71,13 +71,13 @@ def remove_leftovers(root: Path) -> list[str]:
         root: the ``save`` folder; may be missing.
 
     Returns:
-        Names of the removed folders, for the log.
+        Names of what was removed, for the log.
     """
     if not root.is_dir():
         return []
     removed = []
     for path in sorted(root.iterdir()):
-        if not path.name.endswith(TEMPORARY) or path.is_symlink() or not path.is_dir():
+        if path.is_symlink() or not _is_leftover(path):
             continue
         final = path.with_name(path.name.removesuffix(ASIDE))
         try:
@@ -85,8 +85,21 @@ def remove_leftovers(root: Path) -> list[str]:
                 path.rename(final)
                 logger.warning("%s was interrupted while being replaced and is back", final)
                 continue
-            shutil.rmtree(path)
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
             removed.append(path.name)
         except OSError as error:
             logger.warning("cannot remove %s, left by a killed run: %s", path, error)
     return removed
+
+
+def _is_leftover(path: Path) -> bool:
+    """A checkpoint's folder without its final name, or a small file that was not renamed yet."""
+    if not path.name.endswith(TEMPORARY):
+        return False
+    if path.is_dir():
+        return path.name.startswith(("iter_", ".iter_"))
+    # Not the lease's: another job may be about to take it.
+    return path.name.startswith((".latest_", ".status.json.", ".wandb_run_id."))

@@ -73,6 +73,7 @@ class CheckpointSaver:
         run: the run's configuration; ``checkpoint.save`` names the folder.
         resumed: what the run continues; None for a new one.
         echo: receives a line for each saved checkpoint, on every rank.
+        published: receives the iteration of each saved checkpoint, on every rank.
 
     Attributes:
         failed: why the last save failed, in words; None if it did not, the same on every rank.
@@ -84,12 +85,13 @@ class CheckpointSaver:
         *,
         resumed: FoundCheckpoint | None = None,
         echo: Callable[[str], None] = logger.info,
+        published: Callable[[int], None] | None = None,
     ) -> None:
         if run.checkpoint.save is None:
             raise CheckpointError("checkpoint.save is not set; give the folder to save to")
         self.failed: str | None = None
         self._root = Path(run.checkpoint.save)
-        self._run, self._echo = run, echo
+        self._run, self._echo, self._published = run, echo, published
         self._flight: _Flight | None = None
         history: list[Any] = []
         if resumed is not None and not run.checkpoint.finetune:
@@ -155,6 +157,8 @@ class CheckpointSaver:
             return
         self.failed = None
         self._echo(f"saved checkpoint {checkpoint_folder(self._root, flight.iteration)}")
+        if self._published is not None:
+            self._published(flight.iteration)
         if first:
             self._tidy(flight.iteration)
 
@@ -175,7 +179,6 @@ class CheckpointSaver:
     def _give_up(self, iteration: int, problem: str) -> None:
         self.failed = problem
         if dist.get_rank() == 0:
-            shutil.rmtree(_temporary(self._root, iteration), ignore_errors=True)
             newest = next(iter(whole_iterations(self._root)), None)
             kept = "there is none yet" if newest is None else f"the newest is iteration {newest}"
             logger.error(

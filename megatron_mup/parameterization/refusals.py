@@ -44,18 +44,7 @@ def refuse_without_rule(
         _refuse_for_sp(config)
     if shape.tied_embeddings:
         _refuse_for_tied(config, u_init)
-    if config.ffn_out_lr_ratio is not None and config.name is not Parameterization.MUP:
-        raise ParameterizationError(
-            f"ffn_out_lr_ratio={config.ffn_out_lr_ratio} chooses between two relative rules and "
-            f"has no effect under name={config.name}; leave parameterization.ffn_out_lr_ratio "
-            "unset or use name=mup"
-        )
-    if config.ffn_out_lr_ratio is not None and optimizer.orthogonalized:
-        raise ParameterizationError(
-            f"ffn_out_lr_ratio={config.ffn_out_lr_ratio} has no effect with optimizer=muon, whose "
-            "hidden learning rates do not depend on any size; leave "
-            "parameterization.ffn_out_lr_ratio unset"
-        )
+    _refuse_ratio_without_effect(config, optimizer)
     divides = optimizer.weight_decay_mode is not DecayMode.COUPLED
     if divides and optimizer.weight_decay > 0 and not optimizer.lr > 0:
         raise ParameterizationError(
@@ -83,6 +72,26 @@ def _require_base_shape(config: ParameterizationConfig, attention_scale: Attenti
         _require(config, "base_kv_channels")
     if config.residual_depth_exponent != 0.0:
         _require(config, "base_num_layers")
+
+
+def _refuse_ratio_without_effect(
+    config: ParameterizationConfig, optimizer: OptimizerNumbers
+) -> None:
+    """``ffn_out_lr_ratio`` chooses between two rules that exist in one case only."""
+    if config.ffn_out_lr_ratio is None:
+        return
+    if config.name is not Parameterization.MUP:
+        raise ParameterizationError(
+            f"ffn_out_lr_ratio={config.ffn_out_lr_ratio} chooses between two relative rules and "
+            f"has no effect under name={config.name}; leave parameterization.ffn_out_lr_ratio "
+            "unset or use name=mup"
+        )
+    if optimizer.orthogonalized:
+        raise ParameterizationError(
+            f"ffn_out_lr_ratio={config.ffn_out_lr_ratio} has no effect with optimizer=muon, whose "
+            "hidden learning rates do not depend on any size; leave "
+            "parameterization.ffn_out_lr_ratio unset"
+        )
 
 
 def _refuse_for_sp(config: ParameterizationConfig) -> None:

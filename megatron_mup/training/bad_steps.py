@@ -170,7 +170,7 @@ def save_bad_batch(
         The finished file; None, with a warning, if the disk refused it: a run must not end of it.
     """
     target = folder / BAD_BATCH_FOLDER / f"iter_{iteration:07d}_rank{rank}.npz"
-    arrays = {
+    arrays: dict[str, Any] = {
         name: torch.cat([batch[name].detach().cpu() for batch in batches]).numpy().astype(kind)
         for name, kind in (("tokens", np.int64), ("labels", np.int64), ("loss_mask", np.uint8))
     }

@@ -109,7 +109,7 @@ def _start(
         load_checkpoint(state, found.folder, weights_only=run.checkpoint.finetune)
     tools = _Tools(run, stack, exits=exits, lease=lease, start=state.iteration, echo=echo)
     if run.checkpoint.save is not None:
-        tools.saver = CheckpointSaver(run, resumed=found, echo=echo)
+        tools.saver = CheckpointSaver(run, resumed=found, echo=echo, published=tools.status.saved)
         stack.callback(tools.saver.close)
     echo(describe_text(run.table))
     echo(decay_text(run))
@@ -157,7 +157,8 @@ class _Tools:
         error: BaseException | None,
         _traceback: TracebackType | None,
     ) -> None:
-        if error is not None:
+        # The folder of a lost lease is another job's, and so is its status.
+        if error is not None and not (self.lease is not None and self.lease.lost()):
             self.status.enter(RunState.FAILED, exit_reason=str(error) or type(error).__name__)
 
 
@@ -328,7 +329,6 @@ class _Loop:
         elif result.stopped is None:
             status.enter(RunState.FINISHED)
         elif result.stopped is not ExitReason.LEASE_LOST:
-            # The folder of a lost lease is another job's, and so is its status.
             status.enter(RunState.STOPPED, exit_reason=result.stopped.words)
 
     def _save(self) -> None:

@@ -300,14 +300,7 @@ class Progress:
     def __init__(self, train_iters: int, start: int) -> None:
         self._train_iters = train_iters
         self._started = time.perf_counter()
-        self._last = self._started
         self._start = start
-
-    def lap(self) -> float:
-        """Seconds since the previous lap."""
-        now = time.perf_counter()
-        seconds, self._last = now - self._last, now
-        return seconds
 
     def seconds_per_iteration(self, iteration: int) -> float:
         """Mean seconds of an iteration of this process, its share of saving and evaluation too."""
@@ -323,7 +316,7 @@ def console_line(iteration: int, train_iters: int, metrics: Metrics, seconds_lef
     """One line of progress with rate and time left."""
     parts = [f"iteration {iteration:>7}/{train_iters}"]
     for key, form in _CONSOLE:
-        if key in metrics:
+        if key in metrics and (key not in _SHOWN_IF_ANY or metrics[key] > 0):
             parts.append(f"{key} {metrics[key]:{form}}")
     left = str(timedelta(seconds=round(seconds_left))) if math.isfinite(seconds_left) else "?"
     return " | ".join([*parts, f"left {left}"])
@@ -338,6 +331,7 @@ _CONSOLE: Sequence[tuple[str, str]] = (
     ("skipped-fraction", ".2f"),
     ("iteration-time", ".3f"),
     ("tokens/sec", ".0f"),
-    ("tflops/device", ".1f"),
+    ("tflops/device", ".4g"),
     ("mfu", ".3f"),
 )
+_SHOWN_IF_ANY = {"skipped-fraction"}

@@ -50,12 +50,14 @@ def is_lost_peer(error: BaseException) -> bool:
     return error.__cause__ is not None and is_lost_peer(error.__cause__)
 
 
-def _own_failure(error: BaseException) -> MupError | None:
-    """The user error during whose handling the connection broke."""
-    context = error.__context__
-    while context is not None and not isinstance(context, MupError):
+def _own_failure(error: BaseException) -> BaseException | None:
+    """The first error of this rank itself, during whose handling the connection broke."""
+    context, first = error.__context__, None
+    while context is not None:
+        if not is_lost_peer(context):
+            first = context
         context = context.__context__
-    return context
+    return first
 
 
 class Whereabouts:
@@ -92,19 +94,21 @@ def translate_lost_peers(run: RunConfig, rank: int | None = None) -> Iterator[Wh
         if not is_lost_peer(error):
             raise
         own = _own_failure(error)
-        if own is not None:
+        if isinstance(own, MupError):
             raise own from None
-        raise PeerLostError(_message(run, here, error)) from error
+        raise PeerLostError(_message(run, here, error, own)) from error
 
 
-def _message(run: RunConfig, here: Whereabouts, error: Exception) -> str:
-    when = "before the first step"
+def _message(run: RunConfig, here: Whereabouts, error: Exception, own: BaseException | None) -> str:
+    when, what = "before the first step", "died, hung or was never started"
     if here.iteration is not None:
-        when = f"after iteration {here.iteration()}"
-    lines = str(error).strip().splitlines() or [type(error).__name__]
+        when, what = f"after iteration {here.iteration()}", "died or hung"
+    lines = str(error).strip().splitlines()
+    # Only a defect of this package can be meant, or something that upstream caught.
+    also = "" if own is None else f" This came while handling {type(own).__name__}: {own}."
     return (
-        f"rank {here.rank} lost another rank {when} ({lines[0].strip()}). Another rank died or "
-        "hung: the first error in the logs of the other ranks says why. If it was only slow, raise "
+        f"rank {here.rank} lost another rank {when} ({lines[0].strip()}). Another rank {what}: the "
+        f"first error in the logs of the other ranks says why.{also} If it was only slow, raise "
         "parallel.distributed_timeout_minutes, now "
         f"{run.parallel.distributed_timeout_minutes:g}. Start the run again to continue from its "
         "last checkpoint"

@@ -17,6 +17,7 @@ from megatron_mup.config import RunConfig
 from megatron_mup.model.gpt import build_model
 from megatron_mup.optimizer.build import build_optimizer
 from megatron_mup.optimizer.guard import UpdateGuard
+from megatron_mup.optimizer.layer_wise import buffer_layout
 from megatron_mup.parameterization.table import ParameterTable
 
 
@@ -87,4 +88,10 @@ def _wrap(run: RunConfig, chunk: torch.nn.Module, *, first: bool) -> Distributed
         fp8_param_gather=run.precision.fp8_param_gather,
     )
     # Later chunks' reductions are hidden behind other chunks' work whole: no need for buckets.
-    return DistributedDataParallel(config, buffers, module, disable_bucketing=not first)
+    return DistributedDataParallel(
+        config,
+        buffers,
+        module,
+        disable_bucketing=not first,
+        full_param_layout=buffer_layout(run, chunk, buffers, bucketed=first),
+    )

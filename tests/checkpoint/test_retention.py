@@ -96,10 +96,18 @@ def test_leftovers_of_killed_runs_go_and_everything_else_stays(
     for name in ("iter_0000010", "iter_0000020.tmp", ".iter_0000005.deleted.tmp", "notes"):
         make(tmp_path, name)
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("10")
+    for name in (".latest_checkpointed_iteration.txt.17.tmp", ".lease.json.abc.tmp", "mine.tmp"):
+        (tmp_path / name).write_text("1")
     elsewhere = make(tmp_path / "notes", "data")
     (tmp_path / "link.tmp").symlink_to(elsewhere)
-    assert remove_leftovers(tmp_path) == [".iter_0000005.deleted.tmp", "iter_0000020.tmp"]
+    assert remove_leftovers(tmp_path) == [
+        ".iter_0000005.deleted.tmp",
+        ".latest_checkpointed_iteration.txt.17.tmp",
+        "iter_0000020.tmp",
+    ]
     assert {path.name for path in tmp_path.iterdir()} == {
+        ".lease.json.abc.tmp",
+        "mine.tmp",
         "iter_0000010",
         "latest_checkpointed_iteration.txt",
         "link.tmp",

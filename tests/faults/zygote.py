@@ -44,6 +44,11 @@ def _become(job: dict[str, Any]) -> None:
     sys.exit(code or 0)
 
 
+def _answer(what: object) -> None:
+    sys.stdout.write(f"{what}\n")
+    sys.stdout.flush()
+
+
 def main() -> None:
     """Import, say so, and serve until standard input closes."""
     import torch
@@ -52,17 +57,17 @@ def main() -> None:
     import megatron_mup.cli
     import megatron_mup.training.loop  # noqa: F401  imported for the children
 
-    print("ready", flush=True)
+    _answer("ready")
     for line in sys.stdin:
         job = json.loads(line)
         if "wait" in job:
             _, status = os.waitpid(job["wait"], 0)
-            print(os.waitstatus_to_exitcode(status), flush=True)
+            _answer(os.waitstatus_to_exitcode(status))
             continue
         pid = os.fork()
         if pid == 0:
             _become(job)
-        print(pid, flush=True)
+        _answer(pid)
 
 
 if __name__ == "__main__":

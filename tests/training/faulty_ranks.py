@@ -25,7 +25,9 @@ from tests.configurations import tiny
 from tests.distributed.spawn import free_port
 from tests.random_samples import RandomSamples
 
-TIMEOUT_MINUTES = 0.05
+HANG_MINUTES, LONG_MINUTES = 0.15, 5.0
+"""parallel.distributed_timeout_minutes: for jobs with a rank that hangs, and for all others."""
+
 DEADLINE_SECONDS = 60.0
 _BATCH = 6
 
@@ -84,22 +86,29 @@ class _FailingSamples(RandomSamples):
         return super().__getitem__(index)
 
 
+def write_line(line: str) -> None:
+    """Write to standard output at once."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
 def rank_main(case: Case, rank: int, port: int) -> None:
     """Train until something happens; ends like the command line."""
     code = 0
     try:
+        minutes = HANG_MINUTES if case.kill == signal.SIGSTOP else LONG_MINUTES
         run = tiny(
             "train_iters=1000000",
-            f"distributed_timeout_minutes={TIMEOUT_MINUTES}",
+            f"distributed_timeout_minutes={minutes}",
             "micro_batch_size=1",
             *case.overrides,
         )
         kind = _FailingSamples if case.fails and rank == case.victim else RandomSamples
         samples = kind(run.model.vocab_size, run.model.seq_length)
         launch = Launch(rank, case.world_size, rank, "127.0.0.1", port)
-        train(run, data=TrainData(samples), launch=launch, echo=lambda line: print(line, flush=True))
+        train(run, data=TrainData(samples), launch=launch, echo=write_line)
     except MupError as error:
-        print(f"error: {error}", file=sys.stderr)
+        sys.stderr.write(f"error: {error}\n")
         code = error.exit_code
     except BaseException:
         traceback.print_exc()
@@ -163,7 +172,6 @@ def main() -> None:
     endings = {
         name: [asdict(ending) for ending in run_case(name, case, folder)]
         for name, case in CASES.items()
-        if name in job.get("cases", CASES)
     }
     (folder / "endings.json").write_text(json.dumps(endings))
 

@@ -262,6 +262,8 @@ def test_the_console_line_shows_what_there_is_in_a_fixed_order() -> None:
     assert console_line(20, 100, metrics, 3661.0) == (
         "iteration      20/100 | lm loss 2.0000 | tokens/sec 1234 | mfu 0.412 | left 1:01:01"
     )
+    assert "skipped" not in console_line(1, 2, {"skipped-fraction": 0.0}, 0.0)
+    assert "| skipped-fraction 0.25 |" in console_line(1, 2, {"skipped-fraction": 0.25}, 0.0)
 
 
 def test_without_metrics_there_is_no_row(tmp_path: Path) -> None:
