@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -19,6 +20,7 @@ from megatron_mup import __version__
 from megatron_mup.config import RunConfig
 from megatron_mup.data.commands import app as data_app
 from megatron_mup.errors import ConfigError, MupError
+from megatron_mup.os_processes import end_now, is_one_of_several_ranks
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -232,4 +234,14 @@ def main() -> None:
         app()
     except MupError as error:
         typer.echo(f"error: {error}", err=True)
-        sys.exit(error.exit_code)
+        _leave(error.exit_code)
+    except Exception:
+        traceback.print_exc()
+        _leave(1)
+
+
+def _leave(code: int) -> NoReturn:
+    """End a process that failed; one of several ranks without waiting for the others."""
+    if is_one_of_several_ranks():
+        end_now(code)
+    sys.exit(code)

@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NoReturn
 
@@ -55,6 +56,16 @@ def machine_identity() -> str | None:
         return f"{boot} {os.readlink(_PROC / 'self/ns/pid')}"
     except OSError:
         return None
+
+
+def is_one_of_several_ranks(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether torchrun or srun started this process with others.
+
+    Args:
+        environment: ``os.environ`` or a stand-in.
+    """
+    sizes = (environment.get(name, "1") for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"))
+    return any(size != "1" for size in sizes)
 
 
 def end_now(code: int) -> NoReturn:

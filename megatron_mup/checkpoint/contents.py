@@ -36,7 +36,7 @@ def saved_tree(state: TrainState) -> dict[str, Any]:
     tree["iteration"] = state.iteration
     tree["consumed_train_samples"] = state.consumed_samples
     tree["skipped_iterations"] = state.skipped_iterations
-    tree["health"] = dict(getattr(state, "health", {}))
+    tree["health"] = dict(state.health)
     return tree
 
 
@@ -68,4 +68,4 @@ def take_over(state: TrainState, loaded: dict[str, Any], *, weights_only: bool) 
     state.consumed_samples = int(loaded["consumed_train_samples"])
     # Checkpoints of format 1 know neither.
     state.skipped_iterations = int(loaded.get("skipped_iterations", 0))
-    getattr(state, "health", {}).update(loaded.get("health", {}))
+    state.health = dict(loaded.get("health", {}))

@@ -286,10 +286,11 @@ class Lease:
             CheckpointError: the owner is alive.
         """
         alive = None if seen.owner is None else seen.owner.is_alive(self._owner)
+        if alive:
+            # Even without a heartbeat: a process that hangs can still wake up and write.
+            raise self._refusal(seen)
         if alive is False or seen.age > self._timeout:
             return
-        if alive:
-            raise self._refusal(seen)
         wait = self._timeout - seen.age
         logger.warning("%s: waiting up to %.0f s for a sign of life of %s", path, wait, seen.who)
         # The own clock ends the wait should the heartbeat lie in the file server's future.

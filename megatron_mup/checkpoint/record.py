@@ -104,11 +104,7 @@ def check_record(
         CheckpointError: with every number that differs and was not named.
         ConfigError: ``checkpoint.override`` names what is no option or cannot be changed.
     """
-    if saved.get("format") not in READABLE_FORMATS:
-        raise CheckpointError(
-            f"checkpoint record has format {saved.get('format')}, this version reads "
-            f"{READABLE_FORMATS}; it was written by megatron_mup {saved.get('version')}"
-        )
+    _check_format(saved)
     if weights_only:
         _check_weights(saved, run)
         return []
@@ -124,6 +120,14 @@ def check_record(
     lines += difference(saved["table"], run.table.to_json(), keys=keys)
     _refuse(lines, _resume_cure(refused, accepted, function_differs=bool(multipliers)))
     return accepted
+
+
+def _check_format(saved: Mapping[str, Any]) -> None:
+    if saved.get("format") not in READABLE_FORMATS:
+        raise CheckpointError(
+            f"checkpoint record has format {saved.get('format')}, this version reads "
+            f"{READABLE_FORMATS}; it was written by megatron_mup {saved.get('version')}"
+        )
 
 
 def _check_weights(saved: Mapping[str, Any], run: RunConfig) -> None:

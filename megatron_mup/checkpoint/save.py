@@ -74,6 +74,8 @@ class CheckpointSaver:
         resumed: what the run continues; None for a new one.
         echo: receives a line for each saved checkpoint, on every rank.
         published: receives the iteration of each saved checkpoint, on every rank.
+        owned: asked on rank 0 before anything is renamed or deleted: whether the folder is still
+            this run's.
 
     Attributes:
         failed: why the last save failed, in words; None if it did not, the same on every rank.
@@ -86,12 +88,14 @@ class CheckpointSaver:
         resumed: FoundCheckpoint | None = None,
         echo: Callable[[str], None] = logger.info,
         published: Callable[[int], None] | None = None,
+        owned: Callable[[], bool] | None = None,
     ) -> None:
         if run.checkpoint.save is None:
             raise CheckpointError("checkpoint.save is not set; give the folder to save to")
         self.failed: str | None = None
         self._root = Path(run.checkpoint.save)
         self._run, self._echo, self._published = run, echo, published
+        self._owned = owned
         self._flight: _Flight | None = None
         history: list[Any] = []
         if resumed is not None and not run.checkpoint.finetune:
@@ -170,6 +174,8 @@ class CheckpointSaver:
         written = [outcome for outcome in outcomes if isinstance(outcome, Written)]
         try:
             _complete(flight.plan, written, self._record)
+            if self._taken_over():
+                return f"another job has taken {self._root} over"
             _give_name(flight.plan.folder, checkpoint_folder(self._root, flight.iteration))
         # CheckpointError: what another rank wrote is not seen from here.
         except (OSError, RuntimeError, CheckpointError) as error:
@@ -179,6 +185,10 @@ class CheckpointSaver:
     def _give_up(self, iteration: int, problem: str) -> None:
         self.failed = problem
         if dist.get_rank() == 0:
+            if self._taken_over():
+                logger.error("iteration %d is not saved: %s", iteration, problem)
+                return
+            shutil.rmtree(_temporary(self._root, iteration), ignore_errors=True)
             newest = next(iter(whole_iterations(self._root)), None)
             kept = "there is none yet" if newest is None else f"the newest is iteration {newest}"
             logger.error(
@@ -187,6 +197,9 @@ class CheckpointSaver:
                 problem,
                 kept,
             )
+
+    def _taken_over(self) -> bool:
+        return self._owned is not None and not self._owned()
 
     def _tidy(self, iteration: int) -> None:
         """Rank 0: what follows a publication; nothing here can undo it."""

@@ -37,6 +37,7 @@ class RunConfig:
         check_layout_relations(self)
         self._check_training()
         self._check_schedule()
+        self._check_waiting()
         self.table  # noqa: B018  resolving refuses a parameterization without a rule
 
     def _check_training(self) -> None:
@@ -51,6 +52,16 @@ class RunConfig:
             batch % micro == 0,
             f"training.global_batch_size {batch} is not divisible by micro_batch_size {micro}; "
             "change one of them",
+        )
+
+    def _check_waiting(self) -> None:
+        # The other ranks wait for the first one while it watches a silent owner.
+        lease, limit = self.faults.lease_timeout_seconds, self.parallel.distributed_timeout_minutes
+        require(
+            self.checkpoint.save is None or lease < 60 * limit,
+            f"faults.lease_timeout_seconds {lease:g} is not below "
+            f"parallel.distributed_timeout_minutes {limit:g}: ranks would give up while the first "
+            "one waits for a dead owner of checkpoint.save; lower the first or raise the second",
         )
 
     def _check_schedule(self) -> None:

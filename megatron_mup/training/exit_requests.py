@@ -91,7 +91,9 @@ class ExitRequests:
     def _note(self, number: int, _frame: FrameType | None) -> None:
         if os.getpid() != self._pid:
             # A forked helper process inherits this handler, but must still end when told to.
-            pass
+            self._restore(number)
+            os.kill(os.getpid(), number)
+            return
         self._received = max(self._received, _SIGNALS[signal.Signals(number)])
         if number == signal.SIGINT:
             # The second Ctrl-C ends a run that does not get to the end of its step.

@@ -86,8 +86,8 @@ def train(
         # Signals that come while the model is built count as well.
         exits = stack.enter_context(ExitRequests(run.faults.exit_duration_in_mins))
         check_before_work(run, launch, with_shards=data is None)
+        peers = stack.enter_context(translate_lost_peers(run, launch.rank))
         stack.enter_context(parallel_processes(run, launch))
-        peers = stack.enter_context(translate_lost_peers(run))
         lease = hold_save_folder(run, stack)
         echo = echo if is_log_rank() else _silent
         if data is None:
@@ -109,7 +109,13 @@ def _start(
         load_checkpoint(state, found.folder, weights_only=run.checkpoint.finetune)
     tools = _Tools(run, stack, exits=exits, lease=lease, start=state.iteration, echo=echo)
     if run.checkpoint.save is not None:
-        tools.saver = CheckpointSaver(run, resumed=found, echo=echo, published=tools.status.saved)
+        tools.saver = CheckpointSaver(
+            run,
+            resumed=found,
+            echo=echo,
+            published=tools.status.saved,
+            owned=None if lease is None else lease.confirm,
+        )
         stack.callback(tools.saver.close)
     echo(describe_text(run.table))
     echo(decay_text(run))

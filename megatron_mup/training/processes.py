@@ -20,6 +20,7 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron_mup import platform
 from megatron_mup.config import RunConfig
 from megatron_mup.errors import ConfigError
+from megatron_mup.training.peers import prompt_farewell
 
 
 @dataclass(frozen=True)
@@ -147,10 +148,17 @@ def parallel_processes(run: RunConfig, launch: Launch) -> Iterator[None]:
         try:
             _init_model_groups(run)
             yield
-        finally:
-            parallel_state.destroy_model_parallel()
-            if owned:
-                dist.destroy_process_group()
+        except BaseException as error:
+            with prompt_farewell(error) if launch.world_size > 1 else nullcontext():
+                _leave(owned=owned)
+            raise
+        _leave(owned=owned)
+
+
+def _leave(*, owned: bool) -> None:
+    parallel_state.destroy_model_parallel()
+    if owned:
+        dist.destroy_process_group()
 
 
 def _init_model_groups(run: RunConfig) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import re
 import signal
@@ -124,6 +125,13 @@ def test_a_killed_owner_on_this_machine_is_replaced_at_once(tmp_path: Path) -> N
             assert names(tmp_path) == ["lease.json"]
 
 
+def test_a_silent_owner_that_runs_on_this_machine_is_still_respected(tmp_path: Path) -> None:
+    leave(tmp_path, owner(), silent_seconds=LONG + 5)
+    refused = pytest.raises(CheckpointError, match=r"last heartbeat 60\d s ago; stop that job")
+    with refused, Lease(tmp_path, timeout_seconds=LONG):
+        pass
+
+
 def test_a_finished_owner_leaves_a_free_folder(tmp_path: Path) -> None:
     with other_process(tmp_path) as process:
         process.communicate("")
@@ -150,11 +158,16 @@ def test_another_job_or_the_same_start_is_no_requeue(job: str, count: int) -> No
     assert held.is_alive(owner(job_id=job, restart_count=count)) is None
 
 
-def test_a_foreign_owner_that_has_been_silent_too_long_is_replaced(tmp_path: Path) -> None:
+def test_a_foreign_owner_that_has_been_silent_too_long_is_replaced(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     leave(tmp_path, elsewhere(), silent_seconds=LONG + 5)
     who = owner()
-    with Lease(tmp_path, timeout_seconds=LONG, owner=who):
+    with caplog.at_level(logging.WARNING), Lease(tmp_path, timeout_seconds=LONG, owner=who):
         assert holder(tmp_path) == who.token
+    # The dead owner is named, and nothing was waited for.
+    assert "waiting" not in caplog.text
+    assert "lease.json: taken over from host node7, process 4242" in caplog.text
 
 
 def test_a_foreign_owner_whose_heartbeat_moves_is_alive(tmp_path: Path) -> None:

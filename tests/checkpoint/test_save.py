@@ -21,7 +21,8 @@ from megatron_mup.checkpoint import writing as writing_module
 from megatron_mup.checkpoint.contents import saved_tree
 from megatron_mup.checkpoint.folders import TRACKER
 from megatron_mup.checkpoint.integrity import CHECKSUMS, check_files, read_checksums
-from megatron_mup.checkpoint.save import CheckpointSaver, _give_name
+from megatron_mup.checkpoint.load import load_checkpoint
+from megatron_mup.checkpoint.save import CheckpointSaver, _give_name, save_checkpoint
 from megatron_mup.checkpoint.writing import ForkedWriter, Plan, Written, plan_writing, write_now
 from megatron_mup.config import RunConfig
 from megatron_mup.training.batches import micro_batches
@@ -94,6 +95,12 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
     yield gate
     os.close(gate.reading)
     os.close(gate.writing)
+
+
+def writers() -> list[psutil.Process]:
+    """Forked children of this process; other tests may have left it children of other programs."""
+    program = psutil.Process().cmdline()
+    return [child for child in psutil.Process().children() if child.cmdline() == program]
 
 
 def names(folder: Path) -> set[str]:
@@ -177,7 +184,7 @@ def test_a_killed_writer_is_reported(gate: Gate, tmp_path: Path) -> None:
     with trained(run, steps=1) as state:
         saver = CheckpointSaver(run)
         saver.start(state)
-        (writer,) = psutil.Process().children()
+        (writer,) = writers()
         os.kill(writer.pid, signal.SIGKILL)
         saver.wait()
         assert saver.failed == "the writing process ended with exit status -9"
@@ -200,7 +207,7 @@ def test_the_writer_dies_with_its_rank(gate: Gate, tmp_path: Path) -> None:
             rank = os.fork()
         if rank == 0:
             ForkedWriter(plan)
-            (writer,) = psutil.Process().children()
+            (writer,) = writers()
             (tmp_path / "writer").write_text(str(writer.pid))
             os.kill(os.getpid(), signal.SIGKILL)
         os.waitpid(rank, 0)
@@ -292,7 +299,17 @@ def test_a_failed_run_stops_its_writer(gate: Gate, tmp_path: Path) -> None:
     with trained(run, steps=1) as state:
         saver = CheckpointSaver(run)
         saver.start(state)
-        assert len(psutil.Process().children()) == 1
+        assert len(writers()) == 1
         saver.close()
-        assert psutil.Process().children() == []
+        assert writers() == []
         assert not saver.in_flight
+
+
+def test_counters_and_the_memory_of_bad_steps_come_back(tmp_path: Path) -> None:
+    with trained(tiny(), steps=2) as state:
+        state.skipped_iterations, state.health = 3, {"losses": [1.5, 2.0], "skipped": 3}
+        folder = save_checkpoint(state, tmp_path)
+    with trained(tiny(), steps=0) as state:
+        load_checkpoint(state, folder, weights_only=False)
+        assert (state.iteration, state.consumed_samples, state.skipped_iterations) == (2, 8, 3)
+        assert state.health == {"losses": [1.5, 2.0], "skipped": 3}

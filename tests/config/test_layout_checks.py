@@ -78,3 +78,10 @@ def test_layout_is_refused_with_its_cure(overrides: tuple[str, ...], words: str)
 )
 def test_layout_that_works_is_accepted(overrides: tuple[str, ...]) -> None:
     assert tiny(*overrides).parallel.model_parallel_size in (1, 2)
+
+
+def test_waiting_for_a_dead_owner_must_not_outlast_the_other_ranks() -> None:
+    saving = ("checkpoint.save=here", "lease_timeout_seconds=120")
+    with pytest.raises(ConfigError, match="lower the first or raise the second"):
+        tiny(*saving, "distributed_timeout_minutes=2")
+    tiny(*saving, "distributed_timeout_minutes=2.1")

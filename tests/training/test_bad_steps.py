@@ -106,9 +106,9 @@ def test_a_resumed_judge_goes_on_as_the_uninterrupted_one() -> None:
     # Through JSON: the state is plain data.
     resumed.load_state_dict(json.loads(json.dumps(uninterrupted.state_dict())))
     assert resumed.skipped == 2
-    for loss in (math.nan, 3.3, 3.5, math.nan, math.nan):
+    for loss in (math.nan, math.nan, 3.3, 3.5):
         assert resumed.judge(loss, 1.0) == uninterrupted.judge(loss, 1.0)
-    assert resumed.judge(3.0, math.nan).outcome is Outcome.STOP
+    assert resumed.skipped == 4
 
 
 @pytest.mark.parametrize(
