@@ -6,6 +6,7 @@ leaves it with one context manager, so several runs can follow each other in one
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -143,6 +144,9 @@ def parallel_processes(run: RunConfig, launch: Launch) -> Iterator[None]:
     owned = not dist.is_initialized()
     # Entered first: CUDA, NCCL and TransformerEngine read their variables when they start.
     with platform.deterministic() if run.precision.deterministic_mode else nullcontext():
+        # An earlier run's groups wait in reference cycles, and each of their gloo threads wakes 100
+        # times a second until they are collected.
+        gc.collect()
         if owned:
             _init_process_group(launch, timedelta(minutes=run.parallel.distributed_timeout_minutes))
         try:
