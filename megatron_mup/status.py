@@ -28,6 +28,8 @@ from megatron_mup.revision import revision
 logger = logging.getLogger(__name__)
 
 STATUS = "status.json"
+LONGEST_TEXT = 2000
+"""Characters of any text in the file; a longer reason is cut."""
 REMEMBERED_LOSSES = 20
 """Logged losses that are kept for the trend."""
 SECONDS_BETWEEN_REPORTS = 1.0
@@ -133,6 +135,7 @@ class StatusWriter:
         iteration: at which this process starts.
         world_size: processes of the run.
         job_id: of the scheduler; None without one.
+        lost: whether another job has taken the folder over; nothing is written then.
     """
 
     def __init__(
@@ -143,8 +146,10 @@ class StatusWriter:
         iteration: int = 0,
         world_size: int = 1,
         job_id: str | None = None,
+        lost: Callable[[], bool] | None = None,
     ) -> None:
         self._folder = folder
+        self._lost = lost
         self._failing = False
         self._written = -math.inf
         self._status = Status(
@@ -165,7 +170,8 @@ class StatusWriter:
 
     def enter(self, state: RunState, *, exit_reason: str | None = None) -> None:
         """Report a change of state; ``exit_reason`` says in words why the run ended."""
-        self._status = replace(self._status, state=state, exit_reason=exit_reason)
+        reason = None if exit_reason is None else exit_reason[:LONGEST_TEXT]
+        self._status = replace(self._status, state=state, exit_reason=reason)
         self._write()
 
     def logged(
@@ -205,7 +211,7 @@ class StatusWriter:
         self._write()
 
     def _write(self) -> None:
-        if self._folder is None:
+        if self._folder is None or (self._lost is not None and self._lost()):
             return
         self._status = replace(self._status, updated=time.time())
         self._written = time.monotonic()
@@ -306,7 +312,7 @@ def _is_seconds(value: object) -> bool:
 
 
 def _is_text(value: object) -> bool:
-    return isinstance(value, str) and len(value) <= 2000
+    return isinstance(value, str) and len(value) <= LONGEST_TEXT
 
 
 def _is_metrics(value: object) -> bool:

@@ -21,11 +21,15 @@ def model_tree(state: TrainState) -> dict[str, Any]:
     """Sharded weights of this rank's model chunks, under Megatron-LM's names for chunks."""
     metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
     chunks: list[Any] = list(state.model_chunks)
-    names = ["model"] if len(chunks) == 1 else [f"model{index}" for index in range(len(chunks))]
     return {
         name: chunk.sharded_state_dict(metadata=metadata)
-        for name, chunk in zip(names, chunks, strict=True)
+        for name, chunk in zip(chunk_names(len(chunks)), chunks, strict=True)
     }
+
+
+def chunk_names(count: int) -> list[str]:
+    """Megatron-LM's names for the model chunks of a rank, in the order of the chunks."""
+    return ["model"] if count == 1 else [f"model{index}" for index in range(count)]
 
 
 def saved_tree(state: TrainState) -> dict[str, Any]:
@@ -56,7 +60,7 @@ def take_over(state: TrainState, loaded: dict[str, Any], *, weights_only: bool) 
         loaded: the answer to ``wanted_tree``.
         weights_only: leave optimizer and counters as they are.
     """
-    names = sorted(key for key in loaded if key.startswith("model"))
+    names = chunk_names(len(state.model_chunks))
     for name, chunk in zip(names, state.model_chunks, strict=True):
         chunk.load_state_dict(loaded[name])
     if weights_only:

@@ -154,7 +154,9 @@ def check_files(folder: Path, *, rank: int = 0, size: int = 1) -> list[str]:
     digests = read_checksums(folder)
     problems = []
     if rank == 0:
-        unlisted = sorted({path.name for path in folder.iterdir()} - {*digests, CHECKSUMS})
+        # NFS keeps a file that was deleted while open under a name of its own for a while.
+        found = {path.name for path in folder.iterdir() if not path.name.startswith(".nfs")}
+        unlisted = sorted(found - {*digests, CHECKSUMS})
         problems = [f"{folder / name} is not listed in {CHECKSUMS}." for name in unlisted]
     for name in _share(digests, rank=rank, size=size):
         problem = _problem(folder / name, digests[name])

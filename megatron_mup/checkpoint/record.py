@@ -35,7 +35,7 @@ _RESUMED: dict[str, frozenset[str]] = {
     "optimizer": _EVERYTHING,
     "schedule": _EVERYTHING,
     "training": frozenset({"global_batch_size", "rampup_batch_size", "loss_denominator", "seed"}),
-    "precision": frozenset({"bf16", "fp8_format", "fp8_recipe"}),
+    "precision": _EVERYTHING,
     "data": frozenset({"eod_mask_loss", "eod_token"}),
 }
 """Options that must stay for a resumed run to equal the uninterrupted one. Layout, logging,
@@ -45,7 +45,7 @@ _FINETUNED: dict[str, frozenset[str]] = {"model": _EVERYTHING}
 
 # Whether lr_decay_iters is written out or follows train_iters does not matter; its value does, and
 # is compared as ``decay_iters``. The sequence length is free when only weights are loaded.
-_RESUME_FREE = _SPEED_ONLY | {"lr_decay_iters"}
+_RESUME_FREE = _SPEED_ONLY | {"lr_decay_iters", "deterministic_mode"}
 _FINETUNE_FREE = _SPEED_ONLY | {"seq_length"}
 
 _LENGTH_OPTIONS = ("training.train_iters", "schedule.lr_decay_iters")

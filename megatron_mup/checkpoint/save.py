@@ -117,7 +117,7 @@ class CheckpointSaver:
         self.wait()
         iteration = state.iteration
         temporary = _temporary(self._root, iteration)
-        problem = from_first_rank(partial(_make_empty, temporary))
+        problem = from_first_rank(partial(self._make_room, temporary))
         if problem is not None:
             self._give_up(iteration, problem)
             return
@@ -198,6 +198,12 @@ class CheckpointSaver:
                 kept,
             )
 
+    def _make_room(self, temporary: Path) -> str | None:
+        """Rank 0: an empty folder to write to; why not, in words."""
+        if self._taken_over():
+            return f"another job has taken {self._root} over"
+        return _make_empty(temporary)
+
     def _taken_over(self) -> bool:
         return self._owned is not None and not self._owned()
 
@@ -205,14 +211,15 @@ class CheckpointSaver:
         """Rank 0: what follows a publication; nothing here can undo it."""
         options = self._run.checkpoint
         try:
+            write_tracker(self._root, iteration)
             for newer in whole_iterations(self._root):
                 if newer > iteration:
                     _set_aside(checkpoint_folder(self._root, newer))
-            write_tracker(self._root, iteration)
         except OSError as error:
             logger.warning("after saving iteration %d: %s", iteration, error)
         for old in iterations_to_delete(
-            whole_iterations(self._root),
+            # One that could not be set aside must not cost the new one its place.
+            [saved for saved in whole_iterations(self._root) if saved <= iteration],
             keep_last=options.keep_last,
             retain_interval=options.save_retain_interval,
         ):

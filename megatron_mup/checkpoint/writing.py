@@ -142,13 +142,18 @@ class ForkedWriter:
 
     def __init__(self, plan: Plan) -> None:
         self._receiver, sender = Pipe(duplex=False)
+        self._refusal: str | None = None
         prctl = getattr(ctypes.CDLL(None), "prctl", None)
         parent = os.getpid()
         with warnings.catch_warnings():
             # Python 3.12 warns of locks that other threads hold. The writer takes none of theirs:
             # it imports nothing, logs nothing and runs torch on one thread.
             warnings.simplefilter("ignore", DeprecationWarning)
-            self._pid = os.fork()
+            try:
+                self._pid = os.fork()
+            except OSError as error:
+                # Too many processes, or too little memory: told like any other failure to write.
+                self._pid, self._refusal = -1, f"cannot start a writing process: {error.strerror}"
         if self._pid == 0:
             _write_and_exit(plan, sender, parent, prctl)
         sender.close()
@@ -159,6 +164,9 @@ class ForkedWriter:
 
     def outcome(self) -> Written | str:
         """Wait for the writer's answer; see ``write_now``."""
+        if self._refusal is not None:
+            self._receiver.close()
+            return self._refusal
         answer: Written | str | None = None
         with contextlib.suppress(EOFError, OSError):
             answer = self._receiver.recv()
@@ -167,6 +175,8 @@ class ForkedWriter:
 
     def stop(self) -> None:
         """Kill the writer and leave its files incomplete."""
+        if self._refusal is not None:
+            return
         os.kill(self._pid, signal.SIGKILL)
         self._reap()
 

@@ -76,7 +76,7 @@ class FaultConfig:
     unset: no loss is one."""
 
     max_skipped_steps: int = 10
-    """Stop when so many steps in a row were skipped."""
+    """Steps in a row that may be skipped; one bad step more stops the run."""
 
     lease_timeout_seconds: float = 120.0
     """A save folder whose owner has not been heard of for so long may be taken over."""

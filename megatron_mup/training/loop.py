@@ -153,6 +153,7 @@ class _Tools:
             iteration=start,
             world_size=dist.get_world_size(),
             job_id=os.environ.get("SLURM_JOB_ID"),
+            lost=None if lease is None else lease.lost,
         )
         stack.push(self._report_failure)
         self.sinks: list[Sink] = open_sinks(run, stack, start=start) if first else []
@@ -163,8 +164,7 @@ class _Tools:
         error: BaseException | None,
         _traceback: TracebackType | None,
     ) -> None:
-        # The folder of a lost lease is another job's, and so is its status.
-        if error is not None and not (self.lease is not None and self.lease.lost()):
+        if error is not None:
             self.status.enter(RunState.FAILED, exit_reason=str(error) or type(error).__name__)
 
 
@@ -297,10 +297,10 @@ class _Loop:
     def _periodic(self) -> None:
         """Requests to stop, evaluation and checkpoints; the last iteration is ``_finish``'s."""
         iteration, run, tools = self.state.iteration, self.run, self.tools
-        if tools.saver is not None:
-            tools.saver.poll()
-        lost = tools.lease is not None and tools.lease.lost()
-        self.result.stopped = tools.exits.agreed(lease_lost=lost)
+        if tools.saver is not None and tools.saver.in_flight:
+            with self.interval.paused():
+                tools.saver.poll()
+        self.result.stopped = tools.exits.agreed(lease_lost=self._lease_lost())
         if iteration == run.training.train_iters or self._over():
             return
         if run.training.eval_interval and iteration % run.training.eval_interval == 0:
@@ -314,17 +314,23 @@ class _Loop:
         if self.state.iteration == self.run.training.train_iters and not result.diverged:
             # A request to stop that comes with the last step changes nothing any more.
             result.stopped = reason if reason is ExitReason.LEASE_LOST else None
-        if result.stopped is None and not result.diverged:
-            self._evaluate()
         if result.stopped is not None:
             tools.echo(f"stopping at iteration {self.state.iteration}: {result.stopped.words}")
-        lost = result.stopped is ExitReason.LEASE_LOST
-        if tools.saver is not None and not lost:
-            if not result.diverged and self.state.iteration > result.iteration:
-                self._save()
+        saves = result.stopped is None or result.stopped.saves
+        # Before the evaluation, which may be long, so that nothing in it can cost the last steps.
+        if saves and not result.diverged and self.state.iteration > result.iteration:
+            self._save()
+        if result.stopped is None and not result.diverged:
+            self._evaluate()
+        if tools.saver is not None and saves:
             tools.saver.wait()
             result.save_failed = tools.saver.failed
+            if tools.exits.agreed(lease_lost=self._lease_lost()) is ExitReason.LEASE_LOST:
+                result.stopped = ExitReason.LEASE_LOST
         self._report_end()
+
+    def _lease_lost(self) -> bool:
+        return self.tools.lease is not None and self.tools.lease.lost()
 
     def _report_end(self) -> None:
         result, status = self.result, self.tools.status

@@ -76,6 +76,8 @@ def hold_save_folder(run: RunConfig, stack: ExitStack) -> Lease | None:
     def take() -> None:
         stack.enter_context(lease)
         remove_leftovers(folder)
+        # The owner that this job may have waited for can have saved until now.
+        check_save_folder(run)
 
     from_first_rank(take)
     return lease if is_log_rank() else None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -159,7 +159,17 @@ def parallel_processes(run: RunConfig, launch: Launch) -> Iterator[None]:
         _leave(owned=owned)
 
 
+_when_left: list[Callable[[], None]] = []
+
+
+def when_left(release: Callable[[], None]) -> None:
+    """Call a function when the current parallel state ends, before its groups are destroyed."""
+    _when_left.append(release)
+
+
 def _leave(*, owned: bool) -> None:
+    while _when_left:
+        _when_left.pop()()
     parallel_state.destroy_model_parallel()
     if owned:
         dist.destroy_process_group()

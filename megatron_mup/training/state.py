@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from megatron_mup.optimizer.build import build_optimizer
 from megatron_mup.optimizer.guard import UpdateGuard
 from megatron_mup.optimizer.layer_wise import buffer_layout
 from megatron_mup.parameterization.table import ParameterTable
+from megatron_mup.training.processes import when_left
 
 
 @dataclass
@@ -59,6 +61,7 @@ def build_state(run: RunConfig) -> TrainState:
     chunks = [build_model(run, table, chunk=chunk) for chunk in range(run.parallel.model_chunks)]
     wrapped = [_wrap(run, chunk, first=index == 0) for index, chunk in enumerate(chunks)]
     optimizer = build_optimizer(run, table, model_chunks=chunks, wrapped_chunks=wrapped)
+    when_left(partial(_release, wrapped))
     # The schedules read these from the first chunk's configuration.
     config: Any = chunks[0].config
     config.no_sync_func = _one_or_list([chunk.no_sync for chunk in wrapped])
@@ -68,6 +71,16 @@ def build_state(run: RunConfig) -> TrainState:
         # All stages reduce at the same point of the schedule, so none slows another one's transfer.
         config.grad_sync_func = _one_or_list([chunk.start_grad_sync for chunk in wrapped])
     return TrainState(run, table, chunks, wrapped, optimizer, UpdateGuard(optimizer))
+
+
+def _release(wrapped: list[Any]) -> None:
+    """Let a finished run's memory and groups go.
+
+    With the fp32 distributed optimizer (0.19.2) parameter, gradient hook, DDP and optimizer hold
+    each other through autograd's C++ nodes, which Python's collector does not see.
+    """
+    for chunk in wrapped:
+        vars(chunk).clear()
 
 
 def _one_or_list(functions: list[Any]) -> Any:

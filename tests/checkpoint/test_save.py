@@ -18,7 +18,7 @@ import pytest
 
 from megatron_mup.checkpoint import save as save_module
 from megatron_mup.checkpoint import writing as writing_module
-from megatron_mup.checkpoint.contents import saved_tree
+from megatron_mup.checkpoint.contents import chunk_names, saved_tree
 from megatron_mup.checkpoint.folders import TRACKER
 from megatron_mup.checkpoint.integrity import CHECKSUMS, check_files, read_checksums
 from megatron_mup.checkpoint.load import load_checkpoint
@@ -313,3 +313,8 @@ def test_counters_and_the_memory_of_bad_steps_come_back(tmp_path: Path) -> None:
         load_checkpoint(state, folder, weights_only=False)
         assert (state.iteration, state.consumed_samples, state.skipped_iterations) == (2, 8, 3)
         assert state.health == {"losses": [1.5, 2.0], "skipped": 3}
+
+
+def test_many_chunks_keep_their_order() -> None:
+    assert chunk_names(1) == ["model"]
+    assert chunk_names(12)[1::9] == ["model1", "model10"]

@@ -20,7 +20,7 @@ def test_twenty_kills_at_random_moments_change_no_loss(
 ) -> None:
     moments = random.Random(SEED)
     kills, longest = 0, 4.0
-    reached = []
+    reached, interrupted = [], 0
     while kills < KILLS:
         # Saving every step in the background: about half of the moments fall into a save.
         process = run.start("save_interval=1", "async_save=true", "keep_last=2")
@@ -39,7 +39,10 @@ def test_twenty_kills_at_random_moments_change_no_loss(
         assert code == -9, process.text[-3000:]
         kills += 1
         reached.append(max(run.saved(), default=0))
+        interrupted += any(run.checkpoints.glob("iter_*.tmp"))
     assert run.start("save_interval=1", "async_save=true").wait() == 0
     assert run.losses == uninterrupted
     # The kills met runs that had got somewhere.
     assert max(reached) > 0
+    # And some of them in the middle of a save.
+    assert interrupted > 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -54,3 +56,14 @@ def test_schedule_starts_overlapped_reductions_itself() -> None:
 
     assert built(read=sync) is None
     assert built("overlap_grad_reduce=true", read=sync).__name__ == "start_grad_sync"
+
+
+@pytest.mark.parametrize("sharded", ["true", "false"])
+def test_a_finished_run_leaves_nothing_in_memory(sharded: str) -> None:
+    run = tiny(f"use_distributed_optimizer={sharded}")
+    with parallel_processes(run, Launch()):
+        state = build_state(run)
+        left = [weakref.ref(part) for part in (*state.wrapped_chunks, state.optimizer)]
+        del state
+    gc.collect()
+    assert [part() for part in left] == [None, None]
