@@ -81,7 +81,6 @@ def folder_with_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.dist
-@pytest.mark.xdist_group("readme")
 def test_every_command_of_the_readme_runs(folder_with_text: Path) -> None:
     lines = [short for line in commands() for short in SHORT.get(line, [line])]
     assert len(lines) >= 8

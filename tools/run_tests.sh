@@ -12,4 +12,5 @@ levels="not slow and not slurm"
 if ! nvidia-smi -L 2>/dev/null | grep -q '^GPU'; then
     levels+=" and not gpu"
 fi
-exec .venv/bin/python -m pytest -n "${WORKERS:-2}" --dist loadgroup -m "$levels" "$@"
+# By file, because the tests of a file share what it has spawned.
+exec .venv/bin/python -m pytest -n "${WORKERS:-2}" --dist loadfile -m "$levels" "$@"

@@ -15,7 +15,7 @@ from tests.configurations import tiny
 from tests.distributed.spawn import run_ranks
 from tests.optimizer.trained_runs import stored_tensors
 
-pytestmark = [pytest.mark.dist, pytest.mark.xdist_group("optimizer_layouts")]
+pytestmark = [pytest.mark.dist]
 
 COMMON = [
     "activation=swiglu",

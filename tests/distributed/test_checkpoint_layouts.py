@@ -11,7 +11,7 @@ from megatron_mup.training.processes import Launch
 from tests.distributed.checkpoint_worker import losses_of
 from tests.distributed.spawn import run_ranks
 
-pytestmark = [pytest.mark.dist, pytest.mark.xdist_group("checkpoint_layouts")]
+pytestmark = [pytest.mark.dist]
 
 COMMON = [
     "num_layers=4",

@@ -18,7 +18,6 @@ from tests.distributed.summary import PROPERTY
 # The first test waits for all cells, which take long while other jobs use the machine.
 pytestmark = [
     pytest.mark.dist,
-    pytest.mark.xdist_group("layouts"),
     pytest.mark.timeout(900),
 ]
 

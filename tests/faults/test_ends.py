@@ -10,7 +10,7 @@ import pytest
 
 from tests.faults.runs import TRAIN_ITERS, Run
 
-pytestmark = [pytest.mark.dist, pytest.mark.xdist_group("faults")]
+pytestmark = [pytest.mark.dist]
 
 LONG = ["train_iters=100000", "lr_decay_iters=100000", "log_interval=1"]
 """More than any test waits for."""

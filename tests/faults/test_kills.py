@@ -9,7 +9,7 @@ import pytest
 
 from tests.faults.runs import Run
 
-pytestmark = [pytest.mark.dist, pytest.mark.xdist_group("faults")]
+pytestmark = [pytest.mark.dist]
 
 KILLS = 20
 SEED = 20260101

@@ -342,7 +342,6 @@ def test_without_decay_there_is_no_timescale() -> None:
 
 
 @pytest.mark.dist
-@pytest.mark.xdist_group("interval")
 def test_every_rank_gets_the_metrics_of_all(tmp_path: Path) -> None:
     cells = {"data": [], "pipeline": ["pipeline_model_parallel_size=2"]}
     job = {"world_size": 2, "cells": cells}
