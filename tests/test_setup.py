@@ -337,7 +337,7 @@ def test_gpu_tests_are_deselected_where_there_is_no_gpu(checked, commands, drive
         check=True,
     )
 
-    assert result.stdout == f"-m,pytest,-n,2,--dist,loadgroup,-m,{levels},-m,slow,"
+    assert result.stdout == f"-m,pytest,-n,2,--dist,loadfile,-m,{levels},-m,slow,"
 
 
 def test_ci_without_make_names_what_to_install(checked, commands):
