@@ -7,17 +7,27 @@ import math
 import shutil
 from collections.abc import Sequence
 
+from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from megatron_mup.parameterization.options import Parameterization, Ratio, UnembeddingInit
 from megatron_mup.parameterization.roles import Role
-from megatron_mup.parameterization.rules import INIT_EXPONENT, RULES, UNEMBEDDING_EXPONENT
+from megatron_mup.parameterization.rules import (
+    HIDDEN,
+    INIT_EXPONENT,
+    RULES,
+    UNEMBEDDING_EXPONENT,
+)
 from megatron_mup.parameterization.table import JSON_KEYS, ParameterTable
 
-MIN_WIDTH = 160
-"""Columns below which the table would be unreadable."""
+MIN_WIDTH = 144
+"""Columns below which names would be broken over lines."""
 
+_SOURCE = JSON_KEYS.index("source")
+_HEADS = {"base_fan_in": "base", "weight_decay": "decay", "forward_mult": "mult", "source": "src"}
+_FOLDABLE = ("weight_decay", "decay_per_step", "eps", "forward_mult")
 _NUMERIC = ("init_std", "lr", "weight_decay", "decay_per_step", "eps", "forward_mult")
 
 
@@ -27,25 +37,62 @@ def describe_json(table: ParameterTable) -> str:
 
 
 def describe_text(table: ParameterTable, *, width: int | None = None) -> str:
-    """The table for people; layers with equal numbers are folded into one row."""
-    grid = Table(title="parameters", show_lines=False)
-    for key in JSON_KEYS:
-        grid.add_column(key, overflow="fold")
-    for row in _fold_layers(table):
-        grid.add_row(*row)
-    multipliers = table.multipliers
-    console = Console(width=width or max(MIN_WIDTH, shutil.get_terminal_size((200, 50)).columns))
+    """The table for people, as narrow as it goes without losing a number.
+
+    Layers with equal numbers are folded into one row, a column with one value goes below the
+    table, and sources are numbered.
+    """
+    rows = _fold_layers(table)
+    sources = list(dict.fromkeys(row[_SOURCE] for row in rows))
+    equal = [i for i, key in enumerate(JSON_KEYS) if key in _FOLDABLE and _one_value(rows, i)]
+    grid = Table(
+        title="parameters", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
+    shown = [i for i in range(len(JSON_KEYS)) if i not in equal]
+    for i in shown:
+        right = JSON_KEYS[i] not in ("name", "role")
+        grid.add_column(
+            _HEADS.get(JSON_KEYS[i], JSON_KEYS[i]),
+            overflow="fold",
+            justify="right" if right else "left",
+        )
+    for row in rows:
+        cells = [*row[:_SOURCE], f"[{sources.index(row[_SOURCE]) + 1}]"]
+        grid.add_row(*(escape(cells[i]) for i in shown))
+    columns = width or max(MIN_WIDTH, shutil.get_terminal_size((MIN_WIDTH, 50)).columns)
+    console = Console(width=columns, highlight=False)
     with console.capture() as capture:
         console.print(grid)
-        console.print(
-            f"forward multipliers: embedding {multipliers.embedding:g}, attention scores "
-            f"{multipliers.attention:g}, residual {multipliers.residual:g}, "
-            f"logits {multipliers.logit:g}"
-        )
-        console.print("lr and decay_per_step are those at peak; the LR multiplies weight_decay")
-        total = sum(math.prod(row.tensor.shape) for row in table.rows)
-        console.print(f"{total:,} parameters in {len(table.rows)} logical tensors")
+        if equal:
+            same = ", ".join(f"{_head(JSON_KEYS[i])} {rows[0][i]}" for i in equal)
+            console.print(f"in every row: {same}", markup=False)
+        for line in _below(table):
+            console.print(line, markup=False)
+        for number, source in enumerate(sources, start=1):
+            console.print(f"[{number}] {source}", markup=False)
     return capture.get()
+
+
+def _head(key: str) -> str:
+    return _HEADS.get(key, key)
+
+
+def _one_value(rows: Sequence[Sequence[str]], column: int) -> bool:
+    return len({row[column] for row in rows}) == 1
+
+
+def _below(table: ParameterTable) -> list[str]:
+    """What concerns the whole model."""
+    multipliers = table.multipliers
+    total = sum(math.prod(row.tensor.shape) for row in table.rows)
+    return [
+        f"forward multipliers: embedding {multipliers.embedding:g}, attention scores "
+        f"{multipliers.attention:g}, residual {multipliers.residual:g}, "
+        f"logits {multipliers.logit:g}",
+        "base is the fan-in in the base model; lr and decay_per_step are those at peak; "
+        "the LR multiplies decay; mult acts on the forward pass",
+        f"{total:,} parameters in {len(table.rows)} logical tensors",
+    ]
 
 
 def _fold_layers(table: ParameterTable) -> list[list[str]]:
@@ -85,14 +132,21 @@ def rule_table_markdown() -> str:
     Symbols: M hidden size; ``base`` marks the size in the base model.
     """
     lines = [
-        "| role | init std (`fan_in`) | LR under `sp` | LR under `mup` | LR under `abs_mup` |",
-        "|---|---|---|---|---|",
+        "| role | init std (`fan_in`) | LR under `sp` | LR under `mup` | LR under `abs_mup` "
+        "| (abs_)mup, Muon |",
+        "|---|---|---|---|---|---|",
     ]
     for role in Role:
         rates = [_rate(name, role) for name in (_SP, _MUP, _ABS)]
+        rates.append("alpha (+)" if role in HIDDEN else "by AdamW")
         lines.append(f"| {role.value} | {_std(role)} | {' | '.join(rates)} |")
     width = _power(_MUP, Ratio.WIDTH, RULES[_MUP][Role.FFN_OUT].lr_exponent)
-    lines += ["", f"(*) `ffn_out_lr_ratio: width`, the paper's choice: alpha {width}."]
+    lines += [
+        "",
+        f"(*) `ffn_out_lr_ratio: width`, the paper's choice: alpha {width}. (+) The update is",
+        "orthogonalized and multiplied by sqrt(fan_out / fan_in); AdamW trains the other roles by",
+        "the columns before.",
+    ]
     return "\n".join(lines)
 
 
