@@ -14,7 +14,7 @@ from rich.table import Table
 from megatron_mup.config import DecayStyle, RunConfig, TransformerImpl
 from megatron_mup.describe import MIN_WIDTH, describe_text
 from megatron_mup.dry_run import DryRun, Stage
-from megatron_mup.flops import model_flops_per_sequence
+from megatron_mup.flops import model_flops_per_token
 from megatron_mup.memory import GIB, bubble_fraction, checkpoint_bytes, passes_in_flight
 from megatron_mup.optimizer.schedule import run_factor
 from megatron_mup.training.batches import samples_after
@@ -169,15 +169,15 @@ def landmarks(run: RunConfig) -> list[tuple[str, int]]:
 def cost_lines(report: DryRun) -> list[tuple[str, str]]:
     """Parameters and model FLOPs, as (name, value)."""
     run = report.run
-    flops = model_flops_per_sequence(run.model).total
-    samples = samples_after(run.training, run.training.train_iters)
-    step = flops * run.training.global_batch_size
+    flops = model_flops_per_token(run.model)
+    tokens = run.model.seq_length * samples_after(run.training, run.training.train_iters)
+    step = flops * run.model.seq_length * run.training.global_batch_size
     return [
         ("parameters", f"{report.matrix_elements + report.other_elements:,}, as in the table"),
         ("of the layers' matrices", f"{report.matrix_elements:,}"),
-        ("model FLOPs per token", f"{flops / run.model.seq_length:.4g}"),
+        ("model FLOPs per token", f"{flops:.4g}"),
         ("model FLOPs per step", f"{step:.4g}, {step / report.world_size:.4g} on each rank"),
-        ("model FLOPs of the run", f"{flops * samples:.4g}"),
+        ("model FLOPs of the run", f"{flops * tokens:.4g}"),
     ]
 
 

@@ -92,7 +92,7 @@ class BadSteps:
                 self._losses.append(loss)
             return Verdict(Outcome.GOOD)
         if self._faults.bad_step_policy is BadStepPolicy.STOP:
-            return Verdict(Outcome.STOP, f"{wrong}; faults.bad_step_policy=skip would go on")
+            return Verdict(Outcome.STOP, wrong)
         if self._in_a_row >= self._faults.max_skipped_steps:
             return Verdict(
                 Outcome.STOP,

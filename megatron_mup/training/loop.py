@@ -85,13 +85,13 @@ def train(
     with ExitStack() as stack:
         # Signals that come while the model is built count as well.
         exits = stack.enter_context(ExitRequests(run.faults.exit_duration_in_mins))
-        check_before_work(run, launch, with_shards=data is None)
+        epochs = check_before_work(run, launch, with_shards=data is None)
         peers = stack.enter_context(translate_lost_peers(run, launch.rank))
         stack.enter_context(parallel_processes(run, launch))
         lease = hold_save_folder(run, stack)
         echo = echo if is_log_rank() else _silent
         if data is None:
-            echo(data_text(run))
+            echo(data_text(epochs or {}))
             data = configured_data(run)
         state, tools = _start(run, stack, exits=exits, lease=lease, echo=echo)
         loop = _Loop(state, data, tools)
@@ -255,7 +255,8 @@ class _Loop:
         self._log()
         self.tools.echo(
             f"{reason} at iteration {iteration}: the run diverged and stops without saving; lower "
-            "optimizer.lr or lengthen schedule.lr_warmup_iters"
+            "optimizer.lr, lengthen schedule.lr_warmup_iters, or leave such steps out with "
+            "faults.bad_step_policy=skip and max_skipped_steps"
         )
         folder = self.run.checkpoint.save
         if folder is not None and _reads_data():

@@ -5,6 +5,7 @@ Checks that need neither processes nor a model come first, so that a wrong optio
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,8 +40,13 @@ class TrainData:
     valid: Samples | None = None
 
 
-def check_before_work(run: RunConfig, launch: Launch, *, with_shards: bool) -> None:
+def check_before_work(
+    run: RunConfig, launch: Launch, *, with_shards: bool
+) -> dict[str, float] | None:
     """Every check that needs neither processes nor model.
+
+    Returns:
+        How often each configured training shard is read; None unless ``with_shards``.
 
     Raises:
         MupError: what is wrong, and how to mend it.
@@ -50,9 +56,10 @@ def check_before_work(run: RunConfig, launch: Launch, *, with_shards: bool) -> N
     check_outputs(run)
     check_resumable(run)
     check_save_folder(run)
-    if with_shards:
-        check_training_data(run)
-        check_epochs(run, samples_after(run.training, run.planned_iters))
+    if not with_shards:
+        return None
+    check_training_data(run)
+    return check_epochs(run, samples_after(run.training, run.planned_iters))
 
 
 def hold_save_folder(run: RunConfig, stack: ExitStack) -> Lease | None:
@@ -97,9 +104,12 @@ def configured_data(run: RunConfig) -> TrainData:
     return TrainData(train_set, valid_set)
 
 
-def data_text(run: RunConfig) -> str:
-    """How often the training shards are read, in words."""
-    epochs = check_epochs(run, samples_after(run.training, run.planned_iters))
+def data_text(epochs: Mapping[str, float]) -> str:
+    """How often the training shards are read, in words.
+
+    Args:
+        epochs: by shard, from ``check_before_work``.
+    """
     listed = ", ".join(f"'{prefix}' {count:.3g}" for prefix, count in epochs.items())
     return f"epochs of the training shards: {listed}"
 

@@ -170,9 +170,18 @@ def when_left(release: Callable[[], None]) -> None:
 def _leave(*, owned: bool) -> None:
     while _when_left:
         _when_left.pop()()
-    parallel_state.destroy_model_parallel()
+    # Destroying the default group destroys all others in an order that suits NCCL.
     if owned:
+        parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
+        return
+    # Upstream's own record of its groups (0.19.2): its destroy_model_parallel only forgets them,
+    # and torch keeps each, with its threads, as long as the host's default group lives.
+    for group in parallel_state._global_process_group_list or []:
+        # None stands for the default group.
+        if group is not None:
+            dist.destroy_process_group(group)
+    parallel_state.destroy_model_parallel()
 
 
 def _init_model_groups(run: RunConfig) -> None:

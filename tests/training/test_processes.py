@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from datetime import timedelta
+from pathlib import Path
 from unittest.mock import patch
 
 import pytest
@@ -187,3 +189,24 @@ def test_groups_are_gone_after_a_failure_inside() -> None:
 
     assert not parallel_state.model_parallel_is_initialized()
     assert not dist.is_initialized()
+
+
+def test_a_hosts_process_group_stays_and_the_runs_groups_and_threads_go() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with parallel_processes(tiny(), Launch()):
+            group = parallel_state.get_tensor_model_parallel_group()
+            during = _threads()
+        assert dist.is_initialized()
+        with pytest.raises(ValueError, match="Invalid process group"):
+            dist.destroy_process_group(group)
+        del group
+        gc.collect()
+        # Some twenty groups of two threads or more, which would wake 100 times a second each.
+        assert _threads() < 20 < 40 < during
+    finally:
+        dist.destroy_process_group()
+
+
+def _threads() -> int:
+    return len(list(Path("/proc/self/task").iterdir()))
