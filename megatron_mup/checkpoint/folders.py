@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 from megatron_mup.checkpoint.integrity import (
     CHECKSUMS,
+    iteration_of,
     read_checksums,
     whole_iterations,
 )
@@ -26,19 +26,17 @@ RECORD = "parameterization.json"
 METADATA = "metadata.json"
 """Megatron's, written last by a save of format 1."""
 
-_FOLDER = re.compile(r"iter_([0-9]{7,18})")
-
 
 def iterations_without_checksums(root: Path) -> list[int]:
     """Checkpoints of format 1, which came without checksums, newest first."""
     found = []
     for path in root.glob(f"iter_*/{METADATA}"):
-        match = _FOLDER.fullmatch(path.parent.name)
-        if match is None or (path.parent / CHECKSUMS).exists():
+        iteration = iteration_of(path.parent)
+        if iteration is None or (path.parent / CHECKSUMS).exists():
             continue
         try:
             if read_record(path.parent).get("format") == 1:
-                found.append(int(match[1]))
+                found.append(iteration)
         except CheckpointError:
             continue
     return sorted(found, reverse=True)
@@ -56,7 +54,7 @@ def usable_iterations(root: Path) -> list[int]:
     usable = sorted({*whole_iterations(root), *iterations_without_checksums(root)}, reverse=True)
     if usable:
         return usable
-    folders = sorted(path for path in root.glob("iter_*") if _FOLDER.fullmatch(path.name))
+    folders = sorted(path for path in root.glob("iter_*") if iteration_of(path) is not None)
     if folders:
         if (folders[-1] / METADATA).exists():
             read_record(folders[-1])
@@ -71,16 +69,6 @@ def usable_iterations(root: Path) -> list[int]:
             "checkpoint there, or remove the file to start from scratch"
         )
     return []
-
-
-def latest_iteration(root: Path) -> int | None:
-    """The newest iteration that was saved to its end; None when there never was one.
-
-    Raises:
-        CheckpointError: the folder holds checkpoints, but none that was saved to its end.
-    """
-    usable = usable_iterations(root)
-    return usable[0] if usable else None
 
 
 def tracked_iteration(root: Path) -> str | None:

@@ -46,6 +46,12 @@ def checkpoint_folder(root: Path, iteration: int) -> Path:
     return root / f"iter_{iteration:07d}"
 
 
+def iteration_of(folder: Path) -> int | None:
+    """The iteration that a checkpoint's folder is named after; None if it has no such name."""
+    match = _FOLDER.fullmatch(folder.name)
+    return int(match[1]) if match else None
+
+
 def whole_iterations(root: Path) -> list[int]:
     """Iterations that were published under ``root``, newest first.
 
@@ -55,10 +61,11 @@ def whole_iterations(root: Path) -> list[int]:
     Returns:
         Iterations whose folder has its final name and its checksums.
     """
-    found = [_FOLDER.fullmatch(path.parent.name) for path in root.glob(f"iter_*/{CHECKSUMS}")]
-    iterations = {int(match[1]) for match in found if match}
+    found = {iteration_of(path.parent) for path in root.glob(f"iter_*/{CHECKSUMS}")} - {None}
     # iter_00000005 is not Megatron's name of iteration 5.
-    named = {i for i in iterations if (checkpoint_folder(root, i) / CHECKSUMS).is_file()}
+    named = [
+        i for i in found if i is not None and (checkpoint_folder(root, i) / CHECKSUMS).is_file()
+    ]
     return sorted(named, reverse=True)
 
 
@@ -163,6 +170,23 @@ def check_files(folder: Path, *, rank: int = 0, size: int = 1) -> list[str]:
         if problem is not None:
             problems.append(problem)
     return problems
+
+
+def was_completed(folder: Path) -> bool:
+    """Whether a folder was written to its end: every listed file is there with its size.
+
+    Args:
+        folder: a checkpoint's folder, whatever its name; contents are not read.
+    """
+    try:
+        digests = read_checksums(folder)
+        return all(_has_size(folder / name, digests[name].bytes) for name in digests)
+    except (CheckpointError, OSError):
+        return False
+
+
+def _has_size(path: Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size
 
 
 def _share(digests: Mapping[str, FileDigest], *, rank: int, size: int) -> list[str]:

@@ -51,6 +51,7 @@ _FINETUNE_FREE = _SPEED_ONLY | {"seq_length"}
 _LENGTH_OPTIONS = ("training.train_iters", "schedule.lr_decay_iters")
 _TABLE_SECTIONS = ("optimizer.", "parameterization.")
 _DATA_OPTION = "data.train_data_path"
+_COMPARED = ("config", "table", "multipliers", "decay_iters", "planned_iters")
 
 
 def make_record(
@@ -127,6 +128,14 @@ def _check_format(saved: Mapping[str, Any]) -> None:
         raise CheckpointError(
             f"checkpoint record has format {saved.get('format')}, this version reads "
             f"{READABLE_FORMATS}; it was written by megatron_mup {saved.get('version')}"
+        )
+    # The first records of format 1 had fewer parts.
+    missing = [part for part in _COMPARED if part not in saved]
+    if missing:
+        raise CheckpointError(
+            f"checkpoint record lacks {', '.join(missing)}, so nobody can tell whether this run "
+            f"fits it (written by megatron_mup {saved.get('version')}); continue it with the "
+            "version that wrote it, or load another checkpoint"
         )
 
 
@@ -229,13 +238,22 @@ def _option_changes(
     current = config_to_dict(run)
     for section, compared in sections.items():
         # An option that the saving version did not know yet had what is now its default.
-        before = {**_defaults(getattr(run, section)), **saved["config"].get(section, {})}
+        before = {**_defaults(getattr(run, section)), **_saved_section(saved["config"], section)}
         for key, now in current[section].items():
             counts = key not in free and (compared is _EVERYTHING or key in compared)
             if counts and before.get(key) != now:
                 name, was = f"{section}.{key}", before.get(key)
                 changes.append(Change((name,), was, now, f"{name} was {was}, now {now}"))
     return changes
+
+
+def _saved_section(config: Mapping[str, Any], section: str) -> Mapping[str, Any]:
+    if section == "precision" and section not in config:
+        # bf16 was the only such option, and one of training's, before the section came.
+        training = config.get("training", {})
+        return {key: training[key] for key in ("bf16",) if key in training}
+    saved: Mapping[str, Any] = config.get(section, {})
+    return saved
 
 
 def _defaults(section: Any) -> dict[str, Any]:

@@ -22,13 +22,20 @@ from megatron_mup.checkpoint.folders import (
     usable_iterations,
 )
 from megatron_mup.checkpoint.integrity import CHECKSUMS, check_files, checkpoint_folder
-from megatron_mup.checkpoint.overrides import Change, named_options, unneeded_names
+from megatron_mup.checkpoint.overrides import (
+    Change,
+    history_entries,
+    named_options,
+    unneeded_names,
+)
 from megatron_mup.checkpoint.provenance import data_identity
 from megatron_mup.checkpoint.record import check_record, length_warning
 from megatron_mup.config import RunConfig
 from megatron_mup.errors import CheckpointError, MupError
 
 logger = logging.getLogger(__name__)
+
+_STEP_OPTION = "checkpoint.ckpt_step"
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,21 @@ class FoundCheckpoint:
     iteration: int
     record: dict[str, Any]
     changes: list[Change]
+
+    def history(self, run: RunConfig) -> list[Any]:
+        """What checkpoints of the run that continues it remember of changed options."""
+        if run.checkpoint.finetune:
+            return []
+        entries = [*self.record.get("history", []), *history_entries(self.changes, self.iteration)]
+        # Not again when a restart finds a checkpoint that went back already.
+        if run.checkpoint.ckpt_step == self.iteration:
+            entries.append(_going_back(self.iteration))
+        return entries
+
+
+def _going_back(step: int) -> dict[str, Any]:
+    """How a checkpoint remembers that its run went back to ``checkpoint.ckpt_step``."""
+    return {"iteration": step, "options": [_STEP_OPTION], "was": None, "now": step}
 
 
 def check_resumable(run: RunConfig) -> int | None:
@@ -89,18 +111,29 @@ def _candidates(run: RunConfig, root: Path) -> list[int]:
     """Iterations to try, best first."""
     usable, step = usable_iterations(root), run.checkpoint.ckpt_step
     if step is not None:
-        if step not in usable:
+        # A command that is requeued still names the step that its first start went back to.
+        later = [newer for newer in usable if newer > step and _went_back(root, newer, step)]
+        if step not in usable and not later:
             raise CheckpointError(
                 f"checkpoint.ckpt_step={step}: '{root}' holds no whole iteration {step}, but "
                 f"{usable}; choose one of these or leave ckpt_step out"
             )
-        return [step]
+        return [*later, step] if step in usable else later
     if not usable and run.checkpoint.finetune:
         raise CheckpointError(
             f"checkpoint.finetune: '{root}' holds no checkpoint; set checkpoint.load to a folder "
             "that training saved to"
         )
     return usable
+
+
+def _went_back(root: Path, iteration: int, step: int) -> bool:
+    """Whether a checkpoint was saved after its run had gone back to a step."""
+    try:
+        record = read_record(checkpoint_folder(root, iteration))
+    except CheckpointError:
+        return False
+    return _going_back(step) in record.get("history", [])
 
 
 def _checked_against(record: dict[str, Any], run: RunConfig) -> list[Change]:
@@ -199,15 +232,28 @@ def _tell(run: RunConfig, found: FoundCheckpoint) -> None:
             tracked,
             used,
         )
-    if run.checkpoint.finetune:
-        return
+    if not run.checkpoint.finetune:
+        _tell_of_resuming(run, found)
+
+
+def _tell_of_resuming(run: RunConfig, found: FoundCheckpoint) -> None:
+    root, used = found.folder.parent, found.iteration
     newer = [iteration for iteration in usable_iterations(root) if iteration > used]
-    if run.checkpoint.ckpt_step is not None and newer:
+    step = run.checkpoint.ckpt_step
+    if step is not None and newer:
         logger.warning(
             "checkpoint.ckpt_step=%d goes back behind iterations %s; leave it out to continue "
             "from the newest",
-            used,
+            step,
             newer,
+        )
+    if step is not None and used != step:
+        logger.warning(
+            "checkpoint.ckpt_step=%d was followed before: iteration %d was saved after it and is "
+            "continued; to go back once more, move the iter_* folders after %d away",
+            step,
+            used,
+            step,
         )
     for change in found.changes:
         logger.warning("checkpoint.override allows: %s", change.text)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -31,17 +30,16 @@ from megatron_mup.checkpoint.integrity import (
     whole_iterations,
     write_checksums,
 )
-from megatron_mup.checkpoint.overrides import history_entries
 from megatron_mup.checkpoint.provenance import provenance
 from megatron_mup.checkpoint.record import make_record
 from megatron_mup.checkpoint.resume import FoundCheckpoint, from_first_rank
 from megatron_mup.checkpoint.retention import (
     ASIDE,
     TEMPORARY,
-    delete_checkpoint,
+    Remover,
     iterations_to_delete,
 )
-from megatron_mup.checkpoint.writing import ForkedWriter, Plan, Written, plan_writing
+from megatron_mup.checkpoint.writing import ForkedWriter, Plan, SlowWait, Written, plan_writing
 from megatron_mup.config import RunConfig
 from megatron_mup.data.publication import sync_folder
 from megatron_mup.errors import CheckpointError
@@ -53,6 +51,9 @@ logger = logging.getLogger(__name__)
 ABANDONED = ".abandoned"
 """Ending of a checkpoint from which no run continues: the run went back behind it."""
 _POLL_SECONDS = 0.02
+_REMOVAL_SECONDS = 60.0
+"""How long the end of a run waits for deleted checkpoints to go: well below the minutes that a
+scheduler's warning signal leaves (assumption)."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ class CheckpointSaver:
         published: receives the iteration of each saved checkpoint, on every rank.
         owned: asked on rank 0 before anything is renamed or deleted: whether the folder is still
             this run's.
+        clock: seconds that never go back, for the warnings of a long wait.
 
     Attributes:
         failed: why the last save failed, in words; None if it did not, the same on every rank.
@@ -89,18 +91,17 @@ class CheckpointSaver:
         echo: Callable[[str], None] = logger.info,
         published: Callable[[int], None] | None = None,
         owned: Callable[[], bool] | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if run.checkpoint.save is None:
             raise CheckpointError("checkpoint.save is not set; give the folder to save to")
         self.failed: str | None = None
         self._root = Path(run.checkpoint.save)
         self._run, self._echo, self._published = run, echo, published
-        self._owned = owned
+        self._owned, self._clock = owned, clock
+        self._remover = Remover()
         self._flight: _Flight | None = None
-        history: list[Any] = []
-        if resumed is not None and not run.checkpoint.finetune:
-            history = [*resumed.record.get("history", [])]
-            history += history_entries(resumed.changes, resumed.iteration)
+        history = [] if resumed is None else resumed.history(run)
         origin = from_first_rank(partial(provenance, run, world_size=dist.get_world_size()))
         self._record = make_record(run, provenance=origin, history=history)
 
@@ -114,7 +115,7 @@ class CheckpointSaver:
 
         Waits for the save before. A failure is told by ``failed``, never raised.
         """
-        self.wait()
+        self._await_writers()
         iteration = state.iteration
         temporary = _temporary(self._root, iteration)
         problem = from_first_rank(partial(self._make_room, temporary))
@@ -125,7 +126,7 @@ class CheckpointSaver:
             plan = plan_writing(saved_tree(state), temporary)
             self._flight = _Flight(iteration, plan, ForkedWriter(plan))
         if not self._run.checkpoint.async_save:
-            self.wait()
+            self._await_writers()
 
     def poll(self) -> None:
         """Publish the checkpoint that is being written, if all ranks are done; never waits long.
@@ -136,18 +137,32 @@ class CheckpointSaver:
             self._finish(self._flight)
 
     def wait(self) -> None:
-        """Stay until no checkpoint is being written."""
-        # Asking again and again outlasts the collectives' time limit, a blocking wait would not.
-        while self._flight is not None:
-            self.poll()
-            if self._flight is not None:
-                time.sleep(_POLL_SECONDS)
+        """Stay until no checkpoint is being written or, for up to a minute, deleted."""
+        self._await_writers()
+        # The other ranks are ahead then, and wait for rank 0 no longer than their time limit.
+        limit = 60 * self._run.parallel.distributed_timeout_minutes
+        self._remover.wait(min(_REMOVAL_SECONDS, limit / 2))
 
     def close(self) -> None:
-        """Give up a save that is under way, without asking the other ranks; for failed runs."""
+        """Give up a save that is under way, without asking the other ranks; for failed runs.
+
+        Deletion goes on as long as the process does, and the next start completes it.
+        """
         if self._flight is not None:
             self._flight.writer.stop()
             self._flight = None
+        self._remover.close()
+
+    def _await_writers(self) -> None:
+        # Asking again and again outlasts the collectives' time limit, a blocking wait would not.
+        slow = SlowWait(self._clock)
+        while self._flight is not None:
+            self.poll()
+            if self._flight is not None:
+                seconds = slow.due()
+                if seconds is not None and dist.get_rank() == 0:
+                    _warn_of_wait(self._flight, seconds)
+                time.sleep(_POLL_SECONDS)
 
     def _finish(self, flight: _Flight) -> None:
         self._flight = None
@@ -176,7 +191,8 @@ class CheckpointSaver:
             _complete(flight.plan, written, self._record)
             if self._taken_over():
                 return f"another job has taken {self._root} over"
-            _give_name(flight.plan.folder, checkpoint_folder(self._root, flight.iteration))
+            final = checkpoint_folder(self._root, flight.iteration)
+            _give_name(flight.plan.folder, final, self._remover)
         # CheckpointError: what another rank wrote is not seen from here.
         except (OSError, RuntimeError, CheckpointError) as error:
             return f"{flight.plan.folder}: {error}"
@@ -188,7 +204,7 @@ class CheckpointSaver:
             if self._taken_over():
                 logger.error("iteration %d is not saved: %s", iteration, problem)
                 return
-            shutil.rmtree(_temporary(self._root, iteration), ignore_errors=True)
+            self._remover.remove(_temporary(self._root, iteration))
             newest = next(iter(whole_iterations(self._root)), None)
             kept = "there is none yet" if newest is None else f"the newest is iteration {newest}"
             logger.error(
@@ -202,7 +218,12 @@ class CheckpointSaver:
         """Rank 0: an empty folder to write to; why not, in words."""
         if self._taken_over():
             return f"another job has taken {self._root} over"
-        return _make_empty(temporary)
+        self._remover.remove(temporary)
+        try:
+            temporary.mkdir(parents=True)
+        except OSError as error:
+            return f"{temporary}: {error.strerror or error}"
+        return None
 
     def _taken_over(self) -> bool:
         return self._owned is not None and not self._owned()
@@ -214,7 +235,7 @@ class CheckpointSaver:
             write_tracker(self._root, iteration)
             for newer in whole_iterations(self._root):
                 if newer > iteration:
-                    _set_aside(checkpoint_folder(self._root, newer))
+                    _set_aside(checkpoint_folder(self._root, newer), self._remover)
         except OSError as error:
             logger.warning("after saving iteration %d: %s", iteration, error)
         for old in iterations_to_delete(
@@ -223,7 +244,7 @@ class CheckpointSaver:
             keep_last=options.keep_last,
             retain_interval=options.save_retain_interval,
         ):
-            delete_checkpoint(self._root, old)
+            self._remover.remove(checkpoint_folder(self._root, old))
 
 
 def _temporary(root: Path, iteration: int) -> Path:
@@ -231,14 +252,16 @@ def _temporary(root: Path, iteration: int) -> Path:
     return final.with_name(final.name + TEMPORARY)
 
 
-def _make_empty(folder: Path) -> str | None:
-    """Make a new folder; why not, in words."""
-    try:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-    except OSError as error:
-        return f"{folder}: {error.strerror or error}"
-    return None
+def _warn_of_wait(flight: _Flight, seconds: float) -> None:
+    done = flight.writer.done()
+    logger.warning(
+        "training has waited %.0f s for %s to be written; %s. Neither "
+        "parallel.distributed_timeout_minutes nor faults.exit_duration_in_mins ends this wait: if "
+        "the file system hangs, end the job. Checkpoints saved before are intact",
+        seconds,
+        flight.plan.folder,
+        "another rank's part is not done" if done else "the first rank's part is not done",
+    )
 
 
 def _on_all_ranks(flag: bool) -> bool:
@@ -265,25 +288,25 @@ def _complete(plan: Plan, written: list[Written], record: dict[str, Any]) -> Non
     sync_folder(plan.folder)
 
 
-def _give_name(temporary: Path, final: Path) -> None:
+def _give_name(temporary: Path, final: Path, remover: Remover) -> None:
     """Give a complete checkpoint its name.
 
     A folder of that name (the same iteration, saved before) is moved aside first and deleted last;
-    if the run is killed in between, ``retention.remove_leftovers`` brings it back.
+    if the run is killed in between, ``retention.remove_leftovers`` does the second rename.
     """
     aside = final.with_name(final.name + ASIDE)
-    shutil.rmtree(aside, ignore_errors=True)
     if final.exists():
+        remover.remove(aside)
         final.rename(aside)
     temporary.rename(final)
     sync_folder(final.parent)
-    shutil.rmtree(aside, ignore_errors=True)
+    remover.remove(aside)
 
 
-def _set_aside(folder: Path) -> None:
+def _set_aside(folder: Path, remover: Remover) -> None:
     """Take a checkpoint that this run went back behind out of the way of the next start."""
     target = folder.with_name(folder.name + ABANDONED)
-    shutil.rmtree(target, ignore_errors=True)
+    remover.remove(target)
     folder.rename(target)
     logger.warning(
         "%s is newer than what was just saved, so this run does not continue it; it is now %s",
@@ -309,6 +332,7 @@ def save_checkpoint(state: TrainState, root: Path) -> Path:
     saver = CheckpointSaver(replace(state.run, checkpoint=checkpoint))
     saver.start(state)
     saver.wait()
+    saver.close()
     if saver.failed is not None:
         raise CheckpointError(f"could not save iteration {state.iteration}: {saver.failed}")
     return checkpoint_folder(root, state.iteration)

@@ -14,12 +14,14 @@ import os
 import queue
 import signal
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
@@ -31,6 +33,8 @@ _DIE_WITH_PARENT = 1
 """prctl's PR_SET_PDEATHSIG (linux/prctl.h)."""
 _NICENESS = 10
 """How far the writer stands back behind training; as upstream's persistent writer."""
+_FIRST_WARNING_SECONDS = 60.0
+"""Long for a rank's part of a checkpoint, and early enough to look at the disk (assumption)."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +45,13 @@ class Plan:
         folder: the temporary folder.
         writer: Megatron's, with this rank's tensors.
         metadata: the whole checkpoint's, on rank 0 only.
+        problem: why this rank's part could not be staged, in words; None if it was.
     """
 
     folder: Path
     writer: Any
     metadata: Any
+    problem: str | None = None
 
 
 @dataclass(frozen=True)
@@ -81,7 +87,8 @@ class _PlannedSave(TorchDistSaveShardedStrategy):  # type: ignore[misc]
 def plan_writing(tree: dict[str, Any], folder: Path) -> Plan:
     """Divide a sharded state dict among ranks and stage this rank's part in host memory.
 
-    Every rank must call it. On a CPU the staged tensors are the live ones.
+    Every rank must call it. On a CPU the staged tensors are the live ones. Too little host memory
+    is told by the plan's ``problem``, and by its writer's outcome.
 
     Args:
         tree: from ``contents.saved_tree``.
@@ -91,13 +98,21 @@ def plan_writing(tree: dict[str, Any], folder: Path) -> Plan:
     # again, 10 s) and outlives a killed rank. The results come back another way here.
     filesystem_async._results_queue = queue.SimpleQueue()
     strategy = _PlannedSave()
-    # The default strategy, nvrx, is a package of its own.
+    # The default strategy, nvrx, is a package of its own. An error in here is raised, not told: the
+    # other ranks may be waiting in one of its collectives for this one.
     dist_checkpointing.save(
         tree, str(folder), strategy, async_sharded_save=True, async_strategy="mcore"
     )
     writer = strategy.writer
-    writer.write_buckets = FileSystemWriterAsync.preload_tensors(writer.write_buckets)
-    return Plan(folder, writer, strategy.metadata)
+    problem = None
+    try:
+        writer.write_buckets = FileSystemWriterAsync.preload_tensors(writer.write_buckets)
+    # torch tells of too little memory by RuntimeError.
+    except (MemoryError, RuntimeError) as error:
+        reason = str(error) or "out of memory"
+        writer.write_buckets = []
+        problem = f"cannot stage the weights of rank {dist.get_rank()} in host memory: {reason}"
+    return Plan(folder, writer, strategy.metadata, problem)
 
 
 def write_now(plan: Plan) -> Written | str:
@@ -142,7 +157,14 @@ class ForkedWriter:
 
     def __init__(self, plan: Plan) -> None:
         self._receiver, sender = Pipe(duplex=False)
-        self._refusal: str | None = None
+        self._pid = -1
+        self._refusal = plan.problem
+        if self._refusal is None:
+            self._fork(plan, sender)
+        # Without a writer this ends the pipe, so ``done`` is true at once.
+        sender.close()
+
+    def _fork(self, plan: Plan, sender: Connection) -> None:
         prctl = getattr(ctypes.CDLL(None), "prctl", None)
         parent = os.getpid()
         with warnings.catch_warnings():
@@ -153,10 +175,9 @@ class ForkedWriter:
                 self._pid = os.fork()
             except OSError as error:
                 # Too many processes, or too little memory: told like any other failure to write.
-                self._pid, self._refusal = -1, f"cannot start a writing process: {error.strerror}"
+                self._refusal = f"cannot start a writing process: {error.strerror or error}"
         if self._pid == 0:
             _write_and_exit(plan, sender, parent, prctl)
-        sender.close()
 
     def done(self) -> bool:
         """Whether the writer has ended, well or not; never waits."""
@@ -176,6 +197,7 @@ class ForkedWriter:
     def stop(self) -> None:
         """Kill the writer and leave its files incomplete."""
         if self._refusal is not None:
+            self._receiver.close()
             return
         os.kill(self._pid, signal.SIGKILL)
         self._reap()
@@ -183,6 +205,26 @@ class ForkedWriter:
     def _reap(self) -> int:
         self._receiver.close()
         return os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
+
+
+class SlowWait:
+    """Tells when a wait has become long: after a minute and whenever it has doubled.
+
+    Args:
+        clock: seconds that never go back; the wait begins now.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock, self._start = clock, clock()
+        self._next = _FIRST_WARNING_SECONDS
+
+    def due(self) -> float | None:
+        """Seconds waited so far if it is time to tell of them, else None."""
+        seconds = self._clock() - self._start
+        if seconds < self._next:
+            return None
+        self._next = 2 * seconds
+        return seconds
 
 
 def _write_and_exit(plan: Plan, sender: Connection, parent: int, prctl: Any) -> NoReturn:

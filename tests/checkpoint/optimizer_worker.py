@@ -7,18 +7,15 @@ state after three steps is wanted) and ``moved`` (pairs of saved cells: the seco
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from megatron_mup.checkpoint.optimizer_state import optimizer_tree
 from megatron_mup.config import RunConfig
 from megatron_mup.training.processes import Launch, parallel_processes
 from megatron_mup.training.state import TrainState, build_state
 from tests.configurations import tiny
+from tests.distributed.ranks import joined, write_result
 from tests.optimizer.trained_runs import load_state, model_tree, save_state, train_steps
 
 STEPS = 10
@@ -59,28 +56,20 @@ def moved(run: RunConfig, launch: Launch, folder: Path, again: Path) -> dict[str
 
 def main() -> None:
     """Work through the job and write ``rankR.json``."""
-    torch.set_num_threads(1)
-    job, rank = json.loads(Path(sys.argv[1]).read_text()), int(sys.argv[2])
-    launch = Launch(rank, job["world_size"], rank, "127.0.0.1", job["port"])
-    torch.distributed.init_process_group(
-        "gloo",
-        init_method=f"tcp://{launch.address}:{launch.port}",
-        rank=rank,
-        world_size=launch.world_size,
-    )
-    root, cells = Path(job["output"]), job["cells"]
-    result: dict[str, dict[str, Any]] = {
-        "trained": {name: trained(tiny(*cells[name]), launch) for name in job["trained"]},
-        "saved": {name: saved(tiny(*cells[name]), launch, root / name) for name in job["saved"]},
-    }
-    result["moved"] = {
-        f"{source}>{target}": moved(
-            tiny(*cells[target]), launch, root / source, root / f"{source}>{target}"
-        )
-        for source, target in job["moved"]
-    }
-    (root / f"rank{rank}.json").write_text(json.dumps(result))
-    torch.distributed.destroy_process_group()
+    with joined() as (job, launch):
+        root = Path(job["output"])
+        runs = {name: tiny(*overrides) for name, overrides in job["cells"].items()}
+        result: dict[str, dict[str, Any]] = {
+            "trained": {name: trained(runs[name], launch) for name in job["trained"]},
+            "saved": {name: saved(runs[name], launch, root / name) for name in job["saved"]},
+        }
+        result["moved"] = {
+            f"{source}>{target}": moved(
+                runs[target], launch, root / source, root / f"{source}>{target}"
+            )
+            for source, target in job["moved"]
+        }
+        write_result(job, f"rank{launch.rank}.json", result)
 
 
 if __name__ == "__main__":

@@ -116,6 +116,36 @@ def test_other_training_data_is_refused_with_both_hashes() -> None:
     assert [change.now for change in allowed] == [["bb"], ["dd"]]
 
 
+def first_format(bf16: bool) -> dict[str, Any]:
+    """A record as 0.1.0 wrote it before there were layouts: bf16 was one of training's options."""
+    record = make_record(tiny("train_iters=8", f"bf16={str(bf16).lower()}"))
+    config: dict[str, dict[str, Any]] = record["config"]
+    for section in ("precision", "recompute", "faults"):
+        del config[section]
+    for name in ("muon_momentum", "muon_num_ns_steps", "muon_tp_mode"):
+        del config["optimizer"][name]
+    del config["data"]["max_epochs"], record["provenance"], record["history"]
+    config["training"]["bf16"] = bf16
+    return {**record, "format": 1}
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_record_of_format_1_is_continued_in_its_precision_only(bf16: bool) -> None:
+    record = first_format(bf16)
+    assert check(f"bf16={str(bf16).lower()}", record=record) == []
+    with pytest.raises(CheckpointError, match=rf"precision\.bf16 was {bf16}, now {not bf16}"):
+        check(f"bf16={str(not bf16).lower()}", record=record)
+
+
+def test_a_record_without_its_numbers_is_refused_in_words() -> None:
+    record = first_format(False)
+    del record["multipliers"], record["decay_iters"]
+    for options in ([], ["finetune=true"]):
+        run = tiny("train_iters=8", "load=folder", *options)
+        with pytest.raises(CheckpointError, match="record lacks multipliers, decay_iters, so"):
+            check_record(record, run, weights_only=bool(options))
+
+
 def test_a_run_of_another_length_is_warned_of_its_data_order() -> None:
     warning = length_warning(SAVED, tiny("train_iters=20"))
     assert warning is not None

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from megatron_mup.checkpoint.integrity import whole_iterations
-from megatron_mup.checkpoint.retention import (
-    delete_checkpoint,
-    iterations_to_delete,
-    remove_leftovers,
-)
+from megatron_mup.checkpoint.integrity import check_files, digest_files, write_checksums
+from megatron_mup.checkpoint.retention import iterations_to_delete, remove_leftovers
 
 
 def make(root: Path, name: str, content: str = "{}") -> Path:
@@ -43,57 +39,10 @@ def test_the_newest_and_every_nth_stay(
     assert chosen == deleted
 
 
-def test_a_deleted_checkpoint_leaves_nothing(tmp_path: Path) -> None:
-    make(tmp_path, "iter_0000010")
-    make(tmp_path, "iter_0000020")
-    delete_checkpoint(tmp_path, 10)
-    assert [path.name for path in tmp_path.iterdir()] == ["iter_0000020"]
-
-
-def test_a_kill_while_deleting_leaves_nothing_that_looks_like_a_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    make(tmp_path, "iter_0000010")
-
-    def killed(path: Path, ignore_errors: bool = False) -> None:
-        if Path(path).exists():
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(shutil, "rmtree", killed)
-    with pytest.raises(KeyboardInterrupt):
-        delete_checkpoint(tmp_path, 10)
-    monkeypatch.undo()
-    assert whole_iterations(tmp_path) == []
-    assert remove_leftovers(tmp_path) == [".iter_0000010.deleted.tmp"]
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_checkpoint_that_cannot_be_deleted_costs_no_run_its_life(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    make(tmp_path, "iter_0000010")
-
-    def busy(self: Path, target: Path) -> None:
-        raise OSError(16, "Device or resource busy")
-
-    monkeypatch.setattr(Path, "rename", busy)
-    delete_checkpoint(tmp_path, 10)
-    delete_checkpoint(tmp_path, 30)
-    assert "cannot delete checkpoint" in caplog.text
-    assert whole_iterations(tmp_path) == [10]
-
-
-def test_a_checkpoint_that_is_gone_is_no_error(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    delete_checkpoint(tmp_path, 30)
-    assert "iter_0000030 is gone already" in caplog.text
-
-
 def test_leftovers_of_killed_runs_go_and_everything_else_stays(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for name in ("iter_0000010", "iter_0000020.tmp", ".iter_0000005.deleted.tmp", "notes"):
+    for name in ("iter_0000010", "iter_0000020.tmp", ".iter_0000005.deleted.0.tmp", "notes"):
         make(tmp_path, name)
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("10")
     for name in (".latest_checkpointed_iteration.txt.17.tmp", ".lease.json.abc.tmp", "mine.tmp"):
@@ -101,7 +50,7 @@ def test_leftovers_of_killed_runs_go_and_everything_else_stays(
     elsewhere = make(tmp_path / "notes", "data")
     (tmp_path / "link.tmp").symlink_to(elsewhere)
     assert remove_leftovers(tmp_path) == [
-        ".iter_0000005.deleted.tmp",
+        ".iter_0000005.deleted.0.tmp",
         ".latest_checkpointed_iteration.txt.17.tmp",
         "iter_0000020.tmp",
     ]
@@ -118,11 +67,68 @@ def test_leftovers_of_killed_runs_go_and_everything_else_stays(
     assert caplog.text == ""
 
 
-def test_a_checkpoint_whose_successor_did_not_arrive_gets_its_name_back(tmp_path: Path) -> None:
-    make(tmp_path, "iter_0000010.old.tmp")
-    make(tmp_path, "iter_0000010.tmp")
+def replacing(root: Path, *, successor: bytes = b"new", checksums: bool = True) -> None:
+    """Folders as a kill between the two renames of a replacement leaves them."""
+    old, new = root / "iter_0000010.old.tmp", root / "iter_0000010.tmp"
+    for folder, content in ((old, b"old"), (new, b"new")):
+        folder.mkdir()
+        (folder / "weights").write_bytes(content)
+        if checksums or folder is old:
+            write_checksums(folder, digest_files(folder, ["weights"]))
+    (new / "weights").write_bytes(successor)
+
+
+def test_a_replacement_that_was_killed_between_its_renames_is_finished(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    replacing(tmp_path)
+    assert remove_leftovers(tmp_path) == ["iter_0000010.old.tmp"]
+    assert [path.name for path in tmp_path.iterdir()] == ["iter_0000010"]
+    assert (tmp_path / "iter_0000010" / "weights").read_text() == "new"
+    assert check_files(tmp_path / "iter_0000010") == []
+    assert "iter_0000010 was interrupted while being replaced and is the new one" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [{"successor": b"ne"}, {"checksums": False}],
+    ids=["a file of another size", "no checksums"],
+)
+def test_a_checkpoint_whose_successor_is_incomplete_gets_its_name_back(
+    damage: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    replacing(tmp_path, **damage)
     assert remove_leftovers(tmp_path) == ["iter_0000010.tmp"]
-    assert whole_iterations(tmp_path) == [10]
+    assert [path.name for path in tmp_path.iterdir()] == ["iter_0000010"]
+    assert (tmp_path / "iter_0000010" / "weights").read_text() == "old"
+    assert "iter_0000010 was interrupted while being replaced and is back" in caplog.text
+
+
+def test_a_checkpoint_without_successor_gets_its_name_back_even_without_checksums(
+    tmp_path: Path,
+) -> None:
+    # As format 1 wrote them.
+    make(tmp_path, "iter_0000010.old.tmp")
+    (tmp_path / "iter_0000010.old.tmp" / "checksums.json").unlink()
+    assert remove_leftovers(tmp_path) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["iter_0000010"]
+
+
+def test_a_replacement_that_cannot_be_finished_loses_neither_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    replacing(tmp_path)
+
+    def refused(_self: Path, _target: Path) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "rename", refused)
+    assert remove_leftovers(tmp_path) == []
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "iter_0000010.old.tmp",
+        "iter_0000010.tmp",
+    }
+    assert "iter_0000010 what a killed run left: [Errno 1] Operation not permitted" in caplog.text
 
 
 def test_a_checkpoint_whose_successor_arrived_goes(tmp_path: Path) -> None:

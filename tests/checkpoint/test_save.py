@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -10,53 +11,24 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
 from megatron_mup.checkpoint import save as save_module
-from megatron_mup.checkpoint import writing as writing_module
 from megatron_mup.checkpoint.contents import chunk_names, saved_tree
 from megatron_mup.checkpoint.folders import TRACKER
 from megatron_mup.checkpoint.integrity import CHECKSUMS, check_files, read_checksums
 from megatron_mup.checkpoint.load import load_checkpoint
+from megatron_mup.checkpoint.retention import Remover
 from megatron_mup.checkpoint.save import CheckpointSaver, _give_name, save_checkpoint
-from megatron_mup.checkpoint.writing import ForkedWriter, Plan, Written, plan_writing, write_now
-from megatron_mup.config import RunConfig
-from megatron_mup.training.batches import micro_batches
-from megatron_mup.training.processes import Launch, parallel_processes
-from megatron_mup.training.state import TrainState, build_state
-from megatron_mup.training.step import train_step
-from tests.checkpoint.short_runs import folders, losses, run_training
+from megatron_mup.checkpoint.writing import ForkedWriter, plan_writing
+from tests.checkpoint.held_writers import Gate
+from tests.checkpoint.short_runs import folders, losses, names, run_training, step, trained
 from tests.configurations import tiny
-from tests.random_samples import RandomSamples
-
-
-def step(state: TrainState) -> None:
-    """One training step on random tokens."""
-    run = state.run
-    batches = micro_batches(
-        RandomSamples(run.model.vocab_size, run.model.seq_length),
-        first=state.consumed_samples,
-        batch_size=4,
-        micro_batch_size=2,
-        data_rank=0,
-        data_size=1,
-    )
-    train_step(state, batches, 2)
-    state.consumed_samples += 4
-
-
-@contextmanager
-def trained(run: RunConfig, steps: int) -> Iterator[TrainState]:
-    """A state after some steps."""
-    with parallel_processes(run, Launch()):
-        state = build_state(run)
-        for _ in range(steps):
-            step(state)
-        yield state
 
 
 @contextmanager
@@ -70,42 +42,10 @@ def largest_file(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
 
 
-@dataclass
-class Gate:
-    """Keeps writers from beginning until it is opened, once for each."""
-
-    reading: int
-    writing: int
-
-    def open(self) -> None:
-        """Let one writer begin."""
-        os.write(self.writing, b"x")
-
-
-@pytest.fixture
-def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
-    """A gate in front of every writer of this test."""
-    gate = Gate(*os.pipe())
-
-    def held(plan: Plan) -> Written | str:
-        os.read(gate.reading, 1)
-        return write_now(plan)
-
-    monkeypatch.setattr(writing_module, "write_now", held)
-    yield gate
-    os.close(gate.reading)
-    os.close(gate.writing)
-
-
 def writers() -> list[psutil.Process]:
     """Forked children of this process; other tests may have left it children of other programs."""
     program = psutil.Process().cmdline()
     return [child for child in psutil.Process().children() if child.cmdline() == program]
-
-
-def names(folder: Path) -> set[str]:
-    """What a folder holds of checkpoints; a run leaves other things there as well."""
-    return {path.name for path in folder.iterdir() if "iter" in path.name}
 
 
 @pytest.mark.parametrize("variant", ["bf16=false", "bf16=true", "use_distributed_optimizer=true"])
@@ -191,6 +131,63 @@ def test_a_killed_writer_is_reported(gate: Gate, tmp_path: Path) -> None:
     assert names(tmp_path) == set()
 
 
+def test_a_writer_that_cannot_be_forked_costs_the_save_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refused() -> int:
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    run = tiny("async_save=true", f"save={tmp_path}")
+    with trained(run, steps=1) as state:
+        saver = CheckpointSaver(run)
+        monkeypatch.setattr(os, "fork", refused)
+        saver.start(state)
+        saver.wait()
+        words = "cannot start a writing process: Resource temporarily unavailable"
+        assert saver.failed == words
+        assert f"could not save iteration 1: {words}" in caplog.text
+        assert names(tmp_path) == set()
+        saver.start(state)
+        saver.close()
+        monkeypatch.undo()
+        step(state)
+        saver.start(state)
+        saver.wait()
+        assert saver.failed is None
+    # What is given up by ``close`` is left to the next start.
+    assert names(tmp_path) == {"iter_0000001.tmp", "iter_0000002", TRACKER}
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (MemoryError(), "out of memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "DefaultCPUAllocator: can't"),
+    ],
+)
+def test_too_little_memory_to_stage_costs_the_save_only(
+    error: Exception, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(_buckets: object) -> object:
+        raise error
+
+    run = tiny("async_save=true", f"save={tmp_path}")
+    with trained(run, steps=1) as state:
+        saver = CheckpointSaver(run)
+        monkeypatch.setattr(FileSystemWriterAsync, "preload_tensors", staticmethod(refused))
+        saver.start(state)
+        assert writers() == []
+        saver.wait()
+        assert saver.failed is not None
+        assert f"cannot stage the weights of rank 0 in host memory: {words}" in saver.failed
+        assert names(tmp_path) == set()
+        monkeypatch.undo()
+        saver.start(state)
+        saver.wait()
+        assert saver.failed is None
+    assert names(tmp_path) == {"iter_0000001", TRACKER}
+
+
 def is_running(pid: int) -> bool:
     """Whether a process exists that is not only waiting to be collected."""
     return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
@@ -268,13 +265,33 @@ def test_a_run_that_went_back_leaves_its_abandoned_future_behind(
     assert [row["iteration"] for row in result.history] == [4.0]
 
 
+def test_a_restart_of_a_run_that_went_back_continues_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = ["lr_decay_iters=6", "save_interval=1"]
+    run_training(tiny(*options, "train_iters=4", *folders(tmp_path)))
+    back = tiny(
+        *options, "train_iters=3", "keep_last=1", "ckpt_step=2", *folders(tmp_path, load=True)
+    )
+    assert [row["iteration"] for row in run_training(back).history] == [3.0]
+    # Iteration 2 is gone by now, so going back to it again could not even be obeyed.
+    assert names(tmp_path) == {"iter_0000003", "iter_0000004.abandoned", TRACKER}
+    longer = replace(back, training=replace(back.training, train_iters=5))
+    assert [row["iteration"] for row in run_training(longer).history] == [4.0, 5.0]
+    assert "ckpt_step=2 was followed before: iteration 3 was saved after it" in caplog.text
+    again = replace(back, training=replace(back.training, train_iters=6))
+    assert [row["iteration"] for row in run_training(again).history] == [6.0]
+
+
 def test_a_checkpoint_of_the_same_name_is_replaced_whole(tmp_path: Path) -> None:
     final, temporary = tmp_path / "iter_0000002", tmp_path / "iter_0000002.tmp"
     for folder, content in ((final, "old"), (temporary, "new")):
         folder.mkdir()
         (folder / "weights").write_text(content)
-    _give_name(temporary, final)
+    remover = Remover()
+    _give_name(temporary, final, remover)
     assert (final / "weights").read_text() == "new"
+    remover.wait(20)
     assert names(tmp_path) == {"iter_0000002"}
 
 
