@@ -42,6 +42,12 @@ def loss_difference(found: Cell, expected: Cell) -> float:
     return float(np.abs(losses[0] - losses[1]).max())
 
 
+def norm_difference(found: Cell, expected: Cell) -> float:
+    """Largest relative difference of the gradient norms over the steps."""
+    norms = [np.array(cell.report["norms"]) for cell in (found, expected)]
+    return float(np.abs(norms[0] / norms[1] - 1).max())
+
+
 @pytest.mark.parametrize(("model", "layout"), PAIRS)
 def test_layout_starts_from_the_weights_of_one_rank(
     model: str, layout: str, matrix: Matrix, reference: Reference
@@ -66,12 +72,12 @@ def test_layout_gives_the_losses_and_gradient_norms_of_one_rank(
 ) -> None:
     expected = reference(model, LAYOUTS[layout].layers)
     cells = matrix.ranks(model, layout)
-    differences = [loss_difference(cell, expected) for cell in cells]
-    record_property(PROPERTY, [model, layout, max(differences)])
-    for cell, difference in zip(cells, differences, strict=True):
-        assert difference <= LOSS_TOLERANCE
-        norms = pytest.approx(expected.report["norms"], rel=NORM_TOLERANCE)
-        assert cell.report["norms"] == norms
+    # np.max, unlike max, keeps a NaN.
+    losses = float(np.max([loss_difference(cell, expected) for cell in cells]))
+    norms = float(np.max([norm_difference(cell, expected) for cell in cells]))
+    record_property(PROPERTY, [model, layout, losses, norms])
+    assert losses <= LOSS_TOLERANCE
+    assert norms <= NORM_TOLERANCE
 
 
 @pytest.mark.parametrize("model", sorted({model for model, _ in PAIRS}))

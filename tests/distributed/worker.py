@@ -8,14 +8,12 @@ Megatron's groups, whose making costs more than a cell.
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from megatron_mup import platform
 from megatron_mup.config import RunConfig
 from megatron_mup.model.initialization import part_view
 from megatron_mup.model.naming import rows_of_parameters
@@ -31,6 +29,7 @@ from megatron_mup.training.step import evaluate_batches, train_step
 from tests.configurations import tiny
 from tests.distributed.cells import STEPS
 from tests.distributed.masked_samples import MaskedSamples
+from tests.distributed.ranks import joined
 from tests.distributed.worker_patches import patched
 from tests.random_samples import RandomSamples
 
@@ -127,19 +126,9 @@ def _run_layout(layout: dict[str, Any], launch: Launch, output: Path) -> None:
 
 def main() -> None:
     """Train every cell and write ``CELL.rankR.json`` and ``.npz``."""
-    torch.set_num_threads(1)
-    job, rank = json.loads(Path(sys.argv[1]).read_text()), int(sys.argv[2])
-    launch = Launch(rank, job["world_size"], rank, "127.0.0.1", job["port"])
-    platform.bind_device(rank)
-    torch.distributed.init_process_group(
-        platform.distributed_backend(),
-        init_method=f"tcp://{launch.address}:{launch.port}",
-        rank=rank,
-        world_size=launch.world_size,
-    )
-    for layout in job["layouts"]:
-        _run_layout(layout, launch, Path(job["output"]))
-    torch.distributed.destroy_process_group()
+    with joined() as (job, launch):
+        for layout in job["layouts"]:
+            _run_layout(layout, launch, Path(job["output"]))
 
 
 if __name__ == "__main__":

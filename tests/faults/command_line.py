@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,6 +16,11 @@ from tests.distributed.spawn import ROOT, free_port
 
 PATIENCE_SECONDS = 120
 """Longest wait for anything that must happen."""
+
+
+def pause(seconds: float) -> None:
+    """Let all processes go on for a while."""
+    time.sleep(seconds)
 
 
 class Process:
@@ -44,12 +50,24 @@ class Process:
         Raises:
             AssertionError: it does not come.
         """
+
+        def holds() -> bool:
+            return path.exists() and text in (path.read_text(errors="replace") if text else "")
+
+        self.wait_until(holds, f"{path} with '{text}'")
+
+    def wait_until(self, condition: Callable[[], bool], what: str) -> None:
+        """Wait until a condition holds.
+
+        Raises:
+            AssertionError: it does not come true.
+        """
         deadline = time.monotonic() + PATIENCE_SECONDS
         while time.monotonic() < deadline:
-            if path.exists() and text in (path.read_text(errors="replace") if text else ""):
+            if condition():
                 return
             time.sleep(0.005)
-        raise AssertionError(f"{path} without '{text}':\n{self.text[-3000:]}")
+        raise AssertionError(f"no {what}:\n{self.text[-3000:]}")
 
     @property
     def text(self) -> str:

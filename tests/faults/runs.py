@@ -61,3 +61,12 @@ class Run:
         """Iterations of the published checkpoints."""
         folders = self.checkpoints.glob("iter_???????")
         return sorted(int(folder.name.removeprefix("iter_")) for folder in folders)
+
+    def begun(self) -> int:
+        """The last iteration whose save has begun; 0 before the first."""
+        folders = self.checkpoints.glob("iter_*")
+        return max((int(folder.name[5:12]) for folder in folders), default=0)
+
+    def being_saved(self) -> bool:
+        """Whether a save has begun that is not published."""
+        return any(self.checkpoints.glob("iter_*.tmp"))

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from megatron_mup.checkpoint.lease import Owner
+from tests.faults.command_line import Process, pause
 from tests.faults.runs import TRAIN_ITERS, Run
 
 pytestmark = [pytest.mark.dist]
@@ -159,6 +163,57 @@ def test_the_newest_whole_checkpoint_is_used_when_one_is_damaged(
     assert f"{newest} is not used" in again.text
     assert f"resuming from '{run.checkpoints}' at iteration {before}" in again.text
     assert run.losses == uninterrupted
+
+
+def test_a_run_whose_folder_another_job_has_taken_ends_and_leaves_it_as_it_is(run: Run) -> None:
+    options = ["train_iters=300", "lr_decay_iters=300", "save_interval=50"]
+    ranks = run.start_ranks(2, *options, f"lease_timeout_seconds={SHORT_SECONDS}")
+    ranks[0].wait_for(ranks[0].output, "iteration      55/")
+    freeze_between_writes(ranks[0], run)
+    # Without a sign of life for longer than the timeout, the first rank counts as dead.
+    pause(2 * SHORT_SECONDS)
+    theirs = take_over(run.checkpoints)
+    ranks[0].send(signal.SIGCONT)
+    assert [rank.wait() for rank in ranks] == [77, 77]
+    assert "another job has taken the save folder over" in ranks[0].text
+    assert contents(run.checkpoints) == theirs
+
+
+SHORT_SECONDS = 0.5
+"""faults.lease_timeout_seconds of a run that is stopped for longer."""
+
+
+def freeze_between_writes(process: Process, run: Run) -> None:
+    """Stop a process while it is replacing no file: that it would do when it goes on."""
+    while True:
+        process.send(signal.SIGSTOP)
+        process.wait_until(lambda: "T (stopped)" in state_of(process.pid), "stop")
+        if not list(run.checkpoints.rglob("*.tmp")):
+            return
+        process.send(signal.SIGCONT)
+
+
+def state_of(pid: int) -> str:
+    """What the kernel says of a process."""
+    return Path(f"/proc/{pid}/status").read_text()
+
+
+def take_over(folder: Path) -> dict[str, bytes]:
+    """Write what a job does that takes a folder over and saves; the folder's contents then."""
+    owner = dataclasses.replace(Owner.this_process({}), job_id="4711")
+    lease = folder / "second.tmp"
+    lease.write_text(json.dumps(dataclasses.asdict(owner)))
+    lease.replace(folder / "lease.json")
+    (folder / "status.json").write_text('{"state": "training"}')
+    for name in ("iter_0000100", "iter_0000150.tmp"):
+        (folder / name).mkdir()
+        (folder / name / "theirs").write_bytes(b"theirs")
+    return contents(folder)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """All files below a folder."""
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def flip_one_bit(path: Path) -> None:

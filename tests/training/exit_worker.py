@@ -11,10 +11,11 @@ import signal
 import sys
 import traceback
 from pathlib import Path
-
-import torch.distributed as dist
+from typing import Any
 
 from megatron_mup.training.exit_requests import ExitRequests
+from megatron_mup.training.processes import Launch
+from tests.distributed.ranks import connected, write_result
 
 STEPS = 6
 
@@ -35,15 +36,12 @@ def outcome(rank: int, case: str) -> tuple[int, str | None]:
     return step, None if reason is None else reason.name
 
 
-def rank_main(rank: int, job: dict[str, object]) -> None:
+def rank_main(rank: int, job: dict[str, Any]) -> None:
     """Run every case and write the outcomes."""
-    dist.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{job['port']}", rank=rank, world_size=2
-    )
     cases = ("nothing", "signal", "different", "time", "lease")
-    found = {case: outcome(rank, case) for case in cases}
-    Path(str(job["output"]), f"rank{rank}.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
+    with connected(Launch(rank, 2, rank, "127.0.0.1", job["port"])):
+        found = {case: outcome(rank, case) for case in cases}
+        write_result(job, f"rank{rank}.json", found)
 
 
 def main() -> None:
