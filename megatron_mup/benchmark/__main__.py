@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +14,17 @@ import typer
 
 from megatron_mup.benchmark.compare import SIZES, compare
 from megatron_mup.benchmark.loop_cost import LoopCost, loop_cost
-from megatron_mup.benchmark.report import circumstances, document, loop_table, table, write
+from megatron_mup.benchmark.report import (
+    Comparison,
+    circumstances,
+    document,
+    loop_table,
+    profile_table,
+    save_table,
+    table,
+    write,
+)
+from megatron_mup.benchmark.save_cost import SaveCost, save_cost
 from megatron_mup.errors import ConfigError, MupError
 
 EXIT_TOO_SLOW = 1
@@ -38,33 +49,52 @@ def measure_and_report(
     _check(pairs, threads, output)
     torch.set_num_threads(threads)
     comparisons = compare(SIZES, pairs=pairs, echo=typer.echo)
-    costs = _loop_costs(steps=max(3, pairs // 10))
+    loops, saves = _run_costs(steps=max(3, pairs // 10), saves=max(2, pairs // 25))
     command = f"python -m megatron_mup.benchmark --pairs {pairs} --threads {threads}"
     # The page is kept even when a limit is missed: a negative result is a result.
-    write(output, document(comparisons, costs, circumstances(command)))
-    typer.echo(f"{table(comparisons)}\n\n{loop_table(costs)}")
-    missed = [row for row in comparisons if not row.met]
-    for row in missed:
-        typer.echo(
-            f"{row.first} against {row.second} ({row.model}): the interval ends at "
-            f"{row.ratio.high:.3f}, more than {row.limit:.2f}",
-            err=True,
-        )
-    for cost in costs:
-        if not cost.met:
-            typer.echo(f"the loop takes {cost.share:.1%} of a step ({cost.model})", err=True)
-    if missed or not all(cost.met for cost in costs):
+    write(output, document(comparisons, loops, saves, circumstances(command)))
+    for text in (table(comparisons), loop_table(loops), profile_table(loops), save_table(saves)):
+        typer.echo(f"{text}\n")
+    missed = _missed(comparisons, loops, saves)
+    for line in missed:
+        typer.echo(line, err=True)
+    if missed:
         raise typer.Exit(EXIT_TOO_SLOW)
 
 
-def _loop_costs(*, steps: int) -> list[LoopCost]:
-    """The loop's share of a step for every size."""
-    costs = []
+def _missed(
+    comparisons: Sequence[Comparison], loops: Sequence[LoopCost], saves: Sequence[SaveCost]
+) -> list[str]:
+    """One line for each limit that was not kept."""
+    lines = [
+        f"{row.first} against {row.second} ({row.model}): the interval ends at "
+        f"{row.ratio.high:.3f}, more than {row.limit:.2f}"
+        for row in comparisons
+        if not row.met
+    ]
+    lines += [
+        f"the loop takes {cost.share:.1%} of a step ({cost.model})"
+        for cost in loops
+        if not cost.met
+    ]
+    lines += [
+        f"a background save stops training for {cost.stopped_steps:.2f} steps ({cost.model})"
+        for cost in saves
+        if not cost.met
+    ]
+    return lines
+
+
+def _run_costs(*, steps: int, saves: int) -> tuple[list[LoopCost], list[SaveCost]]:
+    """The loop's share of a step, and what saving costs, for every size."""
+    loops, savings = [], []
     with tempfile.TemporaryDirectory() as folder:
         for model, run in SIZES.items():
             typer.echo(f"training loop, {model}: {steps} steps")
-            costs.append(loop_cost(run, model, Path(folder), steps=steps))
-    return costs
+            loops.append(loop_cost(run, model, Path(folder), steps=steps))
+            typer.echo(f"checkpoints, {model}: {saves} in the background, {saves} at once")
+            savings.append(save_cost(run, model, Path(folder), saves=saves))
+    return loops, savings
 
 
 def main() -> None:

@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 
 from megatron_mup import __version__
-from megatron_mup.benchmark.loop_cost import LoopCost
+from megatron_mup.benchmark.loop_cost import ENGINE, PARTS, LoopCost
 from megatron_mup.benchmark.measure import Ratio
+from megatron_mup.benchmark.save_cost import SaveCost, Times
 from megatron_mup.data.publication import publish_text
 from megatron_mup.errors import ConfigError
 from megatron_mup.revision import revision
@@ -95,6 +96,16 @@ _LOOP_HEADER = (
     "|---|---|---|---|---|---|---|"
 )
 
+_LOOP_PARTS = [part for part in PARTS if part != ENGINE]
+
+_PROFILE_HEADER = (
+    f"| model | {' | '.join(_LOOP_PARTS)} | loop |\n|---|{'---|' * len(_LOOP_PARTS)}---|"
+)
+
+_SAVE_HEADER = (
+    "| model | saves | what | ms | in steps | under | met |\n|---|---|---|---|---|---|---|"
+)
+
 
 def table(comparisons: Sequence[Comparison]) -> str:
     """Markdown table with one row per comparison."""
@@ -118,14 +129,65 @@ def loop_table(costs: Sequence[LoopCost]) -> str:
     return "\n".join([_LOOP_HEADER, *rows])
 
 
+def profile_table(costs: Sequence[LoopCost]) -> str:
+    """Markdown table of where the loop's own time goes, one row per model."""
+    rows = []
+    for cost in costs:
+        seconds = [cost.seconds[part] for part in _LOOP_PARTS]
+        cells = [
+            f"{part * 1000:.2f} ({part / cost.step_seconds:.2%})"
+            for part in (*seconds, sum(seconds))
+        ]
+        rows.append(f"| {cost.model} | {' | '.join(cells)} |")
+    return "\n".join([_PROFILE_HEADER, *rows])
+
+
+def save_table(costs: Sequence[SaveCost]) -> str:
+    """Markdown table of what saving costs, a few rows per model."""
+    rows = []
+    for cost in costs:
+        verdict = f"{cost.limit:g} step | {'yes' if cost.met else 'NO'}"
+        named: list[tuple[str, Times, str]] = [
+            ("background: staging, forking", cost.start, " | "),
+            ("background: publishing", cost.publishing, " | "),
+            ("background: training stopped, in all", cost.stopped, verdict),
+            ("background: steps beside the writer slowed by", cost.slowed, " | "),
+            ("at once", cost.at_once, " | "),
+            ("a step", cost.step, " | "),
+            ("a step beside the writer", cost.beside, " | "),
+        ]
+        for name, found, judged in named:
+            steps = Times(found.median / cost.step.median, found.worst / cost.step.median)
+            rows.append(
+                f"| {cost.model} | {cost.saves} | {name} "
+                f"| {found.median * 1000:.0f} / {found.worst * 1000:.0f} "
+                f"| {steps.median:.3f} / {steps.worst:.3f} | {judged} |"
+            )
+    return "\n".join([_SAVE_HEADER, *rows])
+
+
+def _where(where: Circumstances) -> str:
+    return f"""| | |
+|---|---|
+| machine | {where.machine} |
+| versions | {where.software} |
+| commit | {where.commit} |
+| date | {where.date} |
+| command | `{where.command}` |"""
+
+
 def document(
-    comparisons: Sequence[Comparison], costs: Sequence[LoopCost], where: Circumstances
+    comparisons: Sequence[Comparison],
+    loops: Sequence[LoopCost],
+    saves: Sequence[SaveCost],
+    where: Circumstances,
 ) -> str:
     """The whole page of a measurement, Markdown.
 
     Args:
         comparisons: rows of the first table.
-        costs: rows of the second.
+        loops: rows of the two tables on the loop.
+        saves: rows of the table on checkpoints.
         where: machine, versions, commit, date and command of the measurement.
     """
     return f"""# Speed of a training step
@@ -136,23 +198,35 @@ second.
 
 {table(comparisons)}
 
-The loop around the step, in seconds of wall clock (medians); the loop's share is everything but
-Megatron's pipeline schedule and optimizer step.
+{_LOOP_TEXT}
 
-{loop_table(costs)}
+{loop_table(loops)}
 
-| | |
-|---|---|
-| machine | {where.machine} |
-| versions | {where.software} |
-| commit | {where.commit} |
-| date | {where.date} |
-| command | `{where.command}` |
+Where the loop's own time goes, in ms per step and as a share of the step (means).
+
+{profile_table(loops)}
+
+{_SAVE_TEXT}
+
+{save_table(saves)}
+
+{_where(where)}
 
 {_METHOD}"""
 
 
-# A constant, so that no measurement's number can slip into what does not depend on it.
+# Constants, so that no measurement's number can slip into what does not depend on it.
+_LOOP_TEXT = """\
+The loop around the step, in seconds of wall clock (means over steps); the loop's share is
+everything but Megatron's pipeline schedule and optimizer step."""
+
+_SAVE_TEXT = """\
+What saving costs, median / worst: a run saves in the background (`checkpoint.async_save`) and at
+once by turns, with steps between; "stopped" is all time between two steps while a background save
+is under way, "slowed" what its steps took longer than the median of steps without a writer. On a
+CPU the writer competes with training for the cores, and after the fork the first write to each
+page of memory copies it; where "slowed" exceeds "at once", a background save costs more in all."""
+
 _METHOD = """## What is measured
 
 One whole optimizer step (zeroing, forward, backward, clipping, AdamW) in fp32 on sequences of 256

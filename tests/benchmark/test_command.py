@@ -10,7 +10,7 @@ import torch
 
 from megatron_mup.benchmark import __main__ as command
 from megatron_mup.benchmark import compare as comparing
-from megatron_mup.benchmark import loop_cost
+from megatron_mup.benchmark import loop_cost, save_cost
 from megatron_mup.benchmark.compare import compare
 from megatron_mup.benchmark.contestants import (
     TrainStep,
@@ -97,6 +97,7 @@ def test_the_command_keeps_and_prints_the_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(loop_cost, "LIMIT", 1.0)
+    monkeypatch.setattr(save_cost, "LIMIT", 10_000.0)
     monkeypatch.setattr(comparing, "STOCK_LIMIT", 100.0)
     monkeypatch.setattr(comparing, "PLAIN_LIMIT", 100.0)
     page = tmp_path / "page.md"
@@ -108,6 +109,8 @@ def test_the_command_keeps_and_prints_the_table(
     (loop_row,) = [line for line in page.read_text().splitlines() if line.startswith("| tiny | 3 ")]
     share = float(loop_row.split(" | ")[4].removesuffix("%"))
     assert 0 < share < 100
+    rows += [line for line in page.read_text().splitlines() if line.startswith("| tiny | 2 | ")]
+    assert len(rows) == 2 + 7
     printed = capsys.readouterr().out
     assert all(row in printed for row in rows)
     assert "python -m megatron_mup.benchmark --pairs 4 --threads 1" in page.read_text()
@@ -117,15 +120,17 @@ def test_a_missed_demand_is_kept_named_and_ends_with_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(loop_cost, "LIMIT", 0.0)
+    monkeypatch.setattr(save_cost, "LIMIT", 0.0)
     monkeypatch.setattr(comparing, "STOCK_LIMIT", 0.01)
     monkeypatch.setattr(comparing, "PLAIN_LIMIT", 100.0)
     page = tmp_path / "page.md"
     code = run_command(monkeypatch, "--pairs", "2", "--threads", "1", "--output", str(page))
     assert code == 1
     assert "| 0.01 | NO |" in page.read_text()
-    slow, loop = capsys.readouterr().err.splitlines()
+    slow, loop, save = capsys.readouterr().err.splitlines()
     assert slow.startswith("muP against stock Megatron-Core (tiny): the interval ends at")
     assert loop.startswith("the loop takes ")
+    assert save.startswith("a background save stops training for ")
 
 
 @pytest.mark.parametrize(

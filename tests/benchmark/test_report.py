@@ -8,14 +8,62 @@ from pathlib import Path
 import pytest
 
 from megatron_mup.benchmark import report
-from megatron_mup.benchmark.loop_cost import LoopCost
+from megatron_mup.benchmark.loop_cost import (
+    BATCHES,
+    ENGINE,
+    GUARDS,
+    METRICS,
+    REST,
+    SIGNALS,
+    ZEROING,
+    LoopCost,
+)
 from megatron_mup.benchmark.measure import Ratio
-from megatron_mup.benchmark.report import Circumstances, Comparison, document, table, write
+from megatron_mup.benchmark.report import (
+    Circumstances,
+    Comparison,
+    document,
+    profile_table,
+    save_table,
+    table,
+    write,
+)
+from megatron_mup.benchmark.save_cost import SaveCost, Times
 from megatron_mup.errors import ConfigError
 
 MEASURED = Ratio(
     value=1.012, low=0.995, high=1.0304, first_seconds=0.62, second_seconds=0.6127, pairs=200
 )
+
+LOOP = LoopCost(
+    model="11M",
+    seconds={
+        ENGINE: 1.485,
+        ZEROING: 0.006,
+        BATCHES: 0.003,
+        METRICS: 0.003,
+        GUARDS: 0.0015,
+        SIGNALS: 0.0,
+        REST: 0.0015,
+    },
+    steps=20,
+    limit=0.02,
+)
+
+
+def save_cost(limit: float) -> SaveCost:
+    return SaveCost(
+        model="11M",
+        saves=8,
+        step=Times(0.5, 0.6),
+        beside=Times(0.75, 0.8),
+        start=Times(0.05, 0.1),
+        publishing=Times(0.01, 0.02),
+        stopped=Times(0.0625, 0.125),
+        slowed=Times(0.25, 0.3),
+        at_once=Times(0.2, 1.0),
+        limit=limit,
+    )
 
 
 def comparison(limit: float) -> Comparison:
@@ -36,16 +84,41 @@ def test_the_page_names_machine_versions_commit_date_and_command() -> None:
     where = Circumstances(
         machine="a processor, 2 cores", software="torch 2", commit="abc", date="today", command="go"
     )
-    cost = LoopCost(
-        model="11M", step_seconds=1.5, engine_seconds=1.485, share=0.01, steps=20, limit=0.02
-    )
-    page = document([comparison(1.05)], [cost], where)
+    page = document([comparison(1.05)], [LOOP], [save_cost(1.0)], where)
     assert "| 11M | 20 | 1.500 | 1.485 | 1.00% | 2% | yes |" in page
     for line in ("| machine | a processor, 2 cores |", "| commit | abc |", "| command | `go` |"):
         assert line in page
     assert "| versions | torch 2 |" in page
     assert "| date | today |" in page
     assert table([comparison(1.05)]) in page
+    assert profile_table([LOOP]) in page
+    assert save_table([save_cost(1.0)]) in page
+
+
+def test_the_loops_time_is_divided_into_its_parts() -> None:
+    header, rule, row = profile_table([LOOP]).splitlines()
+    assert header == (
+        "| model | zeroing gradients | batches | metrics and log | bad steps | requests to stop "
+        "| the rest | loop |"
+    )
+    assert rule.count("|") == header.count("|")
+    parts = "6.00 (0.40%) | 3.00 (0.20%) | 3.00 (0.20%) | 1.50 (0.10%) | 0.00 (0.00%)"
+    assert row == f"| 11M | {parts} | 1.50 (0.10%) | 15.00 (1.00%) |"
+
+
+def test_saving_is_told_in_milliseconds_and_steps_and_the_worst_stop_is_judged() -> None:
+    assert save_table([save_cost(1.0)]).splitlines()[2:] == [
+        "| 11M | 8 | background: staging, forking | 50 / 100 | 0.100 / 0.200 |  |  |",
+        "| 11M | 8 | background: publishing | 10 / 20 | 0.020 / 0.040 |  |  |",
+        "| 11M | 8 | background: training stopped, in all | 62 / 125 | 0.125 / 0.250 "
+        "| 1 step | yes |",
+        "| 11M | 8 | background: steps beside the writer slowed by | 250 / 300 | 0.500 / 0.600 "
+        "|  |  |",
+        "| 11M | 8 | at once | 200 / 1000 | 0.400 / 2.000 |  |  |",
+        "| 11M | 8 | a step | 500 / 600 | 1.000 / 1.200 |  |  |",
+        "| 11M | 8 | a step beside the writer | 750 / 800 | 1.500 / 1.600 |  |  |",
+    ]
+    assert "0.125 / 0.250 | 0.25 step | NO |" in save_table([save_cost(0.25)])
 
 
 def test_circumstances_come_from_this_machine() -> None:
