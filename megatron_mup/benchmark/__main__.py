@@ -49,7 +49,7 @@ def measure_and_report(
     _check(pairs, threads, output)
     torch.set_num_threads(threads)
     comparisons = compare(SIZES, pairs=pairs, echo=typer.echo)
-    loops, saves = _run_costs(steps=max(3, pairs // 10), saves=max(2, pairs // 25))
+    loops, saves = _run_costs(steps=max(10, pairs // 10), saves=max(2, pairs // 25))
     command = f"python -m megatron_mup.benchmark --pairs {pairs} --threads {threads}"
     # The page is kept even when a limit is missed: a negative result is a result.
     write(output, document(comparisons, loops, saves, circumstances(command)))

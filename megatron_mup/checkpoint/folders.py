@@ -21,6 +21,8 @@ from megatron_mup.checkpoint.integrity import (
 from megatron_mup.data.publication import publish_text
 from megatron_mup.errors import CheckpointError
 
+REPLACED = ".old.tmp"
+"""Ending of a checkpoint that is being replaced by one of the same iteration."""
 TRACKER = "latest_checkpointed_iteration.txt"
 RECORD = "parameterization.json"
 METADATA = "metadata.json"
@@ -63,6 +65,13 @@ def usable_iterations(root: Path) -> list[int]:
             "checkpoint; copy one there, or remove the folder to start from scratch"
         )
     tracked = tracked_iteration(root)
+    replaced = sorted(root.glob(f"iter_*{REPLACED}"))
+    if replaced:
+        final = replaced[-1].name.removesuffix(REPLACED)
+        raise CheckpointError(
+            f"a run was killed while it replaced {root / final}, and '{root}' holds no other "
+            f"checkpoint; rename {replaced[-1]} to {final}"
+        )
     if tracked is not None:
         raise CheckpointError(
             f"{root / TRACKER} names iteration {tracked} but no iter_* folder is there; copy the "

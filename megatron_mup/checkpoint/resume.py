@@ -7,7 +7,7 @@ by every rank: all files are checked, a damaged checkpoint is named, and the one
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -111,8 +111,7 @@ def _candidates(run: RunConfig, root: Path) -> list[int]:
     """Iterations to try, best first."""
     usable, step = usable_iterations(root), run.checkpoint.ckpt_step
     if step is not None:
-        # A command that is requeued still names the step that its first start went back to.
-        later = [newer for newer in usable if newer > step and _went_back(root, newer, step)]
+        later = _saved_since(run, root, step, usable)
         if step not in usable and not later:
             raise CheckpointError(
                 f"checkpoint.ckpt_step={step}: '{root}' holds no whole iteration {step}, but "
@@ -125,6 +124,36 @@ def _candidates(run: RunConfig, root: Path) -> list[int]:
             "that training saved to"
         )
     return usable
+
+
+def continues_own_folder(run: RunConfig) -> bool:
+    """Whether the run saves where it loads from: a restart of its command finds its own work."""
+    save, load = run.checkpoint.save, run.checkpoint.load
+    if save is None or load is None or run.checkpoint.finetune:
+        return False
+    return Path(load).resolve() == Path(save).resolve()
+
+
+def _saved_since(run: RunConfig, root: Path, step: int, usable: Sequence[int]) -> list[int]:
+    """Checkpoints that this command saved after it went back to ``checkpoint.ckpt_step``.
+
+    A command that is requeued still names the step that its first start went back to.
+
+    Raises:
+        CheckpointError: they are there, but options were changed: this is another command.
+    """
+    if not continues_own_folder(run):
+        return []
+    later = [newer for newer in usable if newer > step and _went_back(root, newer, step)]
+    if later:
+        changes = _checked_against(read_record(checkpoint_folder(root, later[0])), run)
+        if changes:
+            raise CheckpointError(
+                f"checkpoint.ckpt_step={step} was followed before, and iterations {later} were "
+                f"saved since; continuing would change {changes[0].text}. To go back to {step} "
+                "once more, move the iter_* folders after it away; to continue, leave out ckpt_step"
+            )
+    return later
 
 
 def _went_back(root: Path, iteration: int, step: int) -> bool:
@@ -213,7 +242,8 @@ def _problems_on_all_ranks(folder: Path) -> list[str]:
                 folder,
                 CHECKSUMS,
             )
-    except CheckpointError as error:
+    # OSError: a run that is alive may delete or rename the folder meanwhile.
+    except (CheckpointError, OSError) as error:
         problems = [str(error)]
     gathered: list[list[str]] = [[] for _ in range(size)]
     dist.all_gather_object(gathered, problems)
@@ -274,11 +304,10 @@ def check_save_folder(run: RunConfig) -> None:
     Raises:
         CheckpointError: the folder holds checkpoints of another run.
     """
-    save, load = run.checkpoint.save, run.checkpoint.load
+    save = run.checkpoint.save
     if save is None:
         return
-    continues = load is not None and Path(load).resolve() == Path(save).resolve()
-    if continues and not run.checkpoint.finetune:
+    if continues_own_folder(run):
         return
     held = usable_iterations(Path(save))
     if held:

@@ -15,13 +15,13 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+from megatron_mup.checkpoint.folders import REPLACED
 from megatron_mup.checkpoint.integrity import iteration_of, was_completed
 from megatron_mup.data.publication import sync_folder
 
 logger = logging.getLogger(__name__)
 
 TEMPORARY = ".tmp"
-ASIDE = ".old.tmp"
 """A checkpoint that waits for its successor of the same name."""
 
 
@@ -168,7 +168,7 @@ def remove_leftovers(root: Path) -> list[str]:
     if not root.is_dir():
         return []
     needed: set[Path] = set()
-    for aside in sorted(root.glob(f"iter_*{ASIDE}")):
+    for aside in sorted(root.glob(f"iter_*{REPLACED}")):
         needed.update(_finish_replacement(aside))
     removed = []
     for path in sorted(root.iterdir()):
@@ -191,7 +191,7 @@ def _finish_replacement(aside: Path) -> list[Path]:
     Returns:
         Folders that must stay because that failed.
     """
-    final = aside.with_name(aside.name.removesuffix(ASIDE))
+    final = aside.with_name(aside.name.removesuffix(REPLACED))
     successor = final.with_name(final.name + TEMPORARY)
     if aside.is_symlink() or not aside.is_dir() or iteration_of(final) is None or final.exists():
         return []

@@ -23,7 +23,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_conf
 
 from megatron_mup import platform
 from megatron_mup.checkpoint.contents import saved_tree
-from megatron_mup.checkpoint.folders import METADATA, RECORD, write_tracker
+from megatron_mup.checkpoint.folders import METADATA, RECORD, REPLACED, write_tracker
 from megatron_mup.checkpoint.integrity import (
     checkpoint_folder,
     digest_files,
@@ -34,7 +34,6 @@ from megatron_mup.checkpoint.provenance import provenance
 from megatron_mup.checkpoint.record import make_record
 from megatron_mup.checkpoint.resume import FoundCheckpoint, from_first_rank
 from megatron_mup.checkpoint.retention import (
-    ASIDE,
     TEMPORARY,
     Remover,
     iterations_to_delete,
@@ -294,11 +293,16 @@ def _give_name(temporary: Path, final: Path, remover: Remover) -> None:
     A folder of that name (the same iteration, saved before) is moved aside first and deleted last;
     if the run is killed in between, ``retention.remove_leftovers`` does the second rename.
     """
-    aside = final.with_name(final.name + ASIDE)
+    aside = final.with_name(final.name + REPLACED)
     if final.exists():
         remover.remove(aside)
         final.rename(aside)
-    temporary.rename(final)
+    try:
+        temporary.rename(final)
+    except OSError:
+        if aside.exists():
+            aside.rename(final)
+        raise
     sync_folder(final.parent)
     remover.remove(aside)
 

@@ -44,10 +44,13 @@ def _check_tensor_parallel(run: RunConfig) -> None:
             f"model: {name} {size} is not divisible by tensor_model_parallel_size {tensor}; "
             "change one of them",
         )
+    context = run.parallel.context_parallel_size
     require(
-        not run.parallel.sequence_parallel or model.seq_length % tensor == 0,
-        f"model.seq_length {model.seq_length} is not divisible by tensor_model_parallel_size "
-        f"{tensor}, over which sequence_parallel splits it; change one of them",
+        not run.parallel.sequence_parallel or model.seq_length // context % tensor == 0,
+        f"model.seq_length {model.seq_length}"
+        + (f" / context_parallel_size {context}" if context > 1 else "")
+        + f" is not divisible by tensor_model_parallel_size {tensor}, over which "
+        "sequence_parallel splits it; change one of them",
     )
 
 
@@ -163,4 +166,9 @@ def _check_optimizer(run: RunConfig) -> None:
         section.optimizer is not OptimizerName.MUON or not run.parallel.overlap_param_gather,
         "optimizer.optimizer=muon is layer-wise and cannot overlap the gathering of parameters; "
         "leave parallel.overlap_param_gather out",
+    )
+    require(
+        section.optimizer is not OptimizerName.MUON or not run.precision.fp8_param_gather,
+        "precision.fp8_param_gather gathers what the byte-wise distributed optimizer updates, and "
+        "optimizer.optimizer=muon has a layer-wise one; leave fp8_param_gather out",
     )

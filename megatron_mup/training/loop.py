@@ -321,6 +321,8 @@ class _Loop:
         # Before the evaluation, which may be long, so that nothing in it can cost the last steps.
         if saves and not result.diverged and self.state.iteration > result.iteration:
             self._save()
+            if tools.saver is not None:
+                tools.saver.wait()
         if result.stopped is None and not result.diverged:
             self._evaluate()
         if tools.saver is not None and saves:

@@ -11,7 +11,6 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -26,9 +25,12 @@ from megatron_mup.checkpoint.load import load_checkpoint
 from megatron_mup.checkpoint.retention import Remover
 from megatron_mup.checkpoint.save import CheckpointSaver, _give_name, save_checkpoint
 from megatron_mup.checkpoint.writing import ForkedWriter, plan_writing
+from megatron_mup.training import loop as loop_module
+from megatron_mup.training.loop import TrainData, train
 from tests.checkpoint.held_writers import Gate
 from tests.checkpoint.short_runs import folders, losses, names, run_training, step, trained
 from tests.configurations import tiny
+from tests.random_samples import RandomSamples
 
 
 @contextmanager
@@ -265,24 +267,6 @@ def test_a_run_that_went_back_leaves_its_abandoned_future_behind(
     assert [row["iteration"] for row in result.history] == [4.0]
 
 
-def test_a_restart_of_a_run_that_went_back_continues_it(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    options = ["lr_decay_iters=6", "save_interval=1"]
-    run_training(tiny(*options, "train_iters=4", *folders(tmp_path)))
-    back = tiny(
-        *options, "train_iters=3", "keep_last=1", "ckpt_step=2", *folders(tmp_path, load=True)
-    )
-    assert [row["iteration"] for row in run_training(back).history] == [3.0]
-    # Iteration 2 is gone by now, so going back to it again could not even be obeyed.
-    assert names(tmp_path) == {"iter_0000003", "iter_0000004.abandoned", TRACKER}
-    longer = replace(back, training=replace(back.training, train_iters=5))
-    assert [row["iteration"] for row in run_training(longer).history] == [4.0, 5.0]
-    assert "ckpt_step=2 was followed before: iteration 3 was saved after it" in caplog.text
-    again = replace(back, training=replace(back.training, train_iters=6))
-    assert [row["iteration"] for row in run_training(again).history] == [6.0]
-
-
 def test_a_checkpoint_of_the_same_name_is_replaced_whole(tmp_path: Path) -> None:
     final, temporary = tmp_path / "iter_0000002", tmp_path / "iter_0000002.tmp"
     for folder, content in ((final, "old"), (temporary, "new")):
@@ -293,6 +277,29 @@ def test_a_checkpoint_of_the_same_name_is_replaced_whole(tmp_path: Path) -> None
     assert (final / "weights").read_text() == "new"
     remover.wait(20)
     assert names(tmp_path) == {"iter_0000002"}
+
+
+def test_a_checkpoint_keeps_its_name_if_its_successor_cannot_have_it(tmp_path: Path) -> None:
+    final = tmp_path / "iter_0000002"
+    final.mkdir()
+    with pytest.raises(FileNotFoundError):
+        _give_name(tmp_path / "iter_0000002.tmp", final, Remover())
+    assert names(tmp_path) == {"iter_0000002"}
+
+
+def test_the_last_checkpoint_is_published_before_the_last_evaluation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tiny("train_iters=2", "eval_iters=1", "async_save=true", f"save={tmp_path}")
+    data = TrainData(*(RandomSamples(run.model.vocab_size, run.model.seq_length),) * 2)
+
+    def gone(*_arguments: object) -> None:
+        raise OSError("the held-out shard is gone")
+
+    monkeypatch.setattr(loop_module, "evaluate_batches", gone)
+    with pytest.raises(OSError, match="held-out shard is gone"):
+        train(run, data=data, echo=lambda _line: None)
+    assert (tmp_path / "iter_0000002" / CHECKSUMS).is_file()
 
 
 def test_every_file_of_a_checkpoint_has_a_checksum(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ ENGINE = ("transformer_impl=transformer_engine", "bf16=true")
 FP8 = (*ENGINE, "fp8_format=hybrid")
 BF16_LAYERS = (*FP8, "fp8_recipe=tensorwise", "first_last_layers_bf16=true")
 TP2, PP2 = "tensor_model_parallel_size=2", "pipeline_model_parallel_size=2"
+TP4 = "tensor_model_parallel_size=4"
 
 
 @pytest.mark.parametrize(
@@ -28,6 +29,14 @@ TP2, PP2 = "tensor_model_parallel_size=2", "pipeline_model_parallel_size=2"
         ),
         (("context_parallel_size=2",), "set model.transformer_impl=transformer_engine"),
         ((*ENGINE, "context_parallel_size=2", "seq_length=18"), "2 x context_parallel_size 2"),
+        (
+            (*ENGINE, "context_parallel_size=2", TP4, "sequence_parallel=true", "seq_length=20"),
+            "seq_length 20 / context_parallel_size 2 is not divisible .* 4",
+        ),
+        (
+            (*FP8, "fp8_param_gather=true", "use_distributed_optimizer=true", "optimizer=muon"),
+            "muon has a layer-wise one; leave fp8_param_gather out",
+        ),
         (("overlap_param_gather=true",), "needs use_distributed_optimizer=true and"),
         (
             ("overlap_param_gather=true", "use_distributed_optimizer=true"),

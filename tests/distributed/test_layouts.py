@@ -21,7 +21,7 @@ pytestmark = [
     pytest.mark.timeout(900),
 ]
 
-LOSS_TOLERANCE, NORM_TOLERANCE = 1e-5, 1e-4
+LOSS_TOLERANCE, NORM_TOLERANCE = 1e-5, 1e-5
 CLIP_GRAD = 0.1
 
 
