@@ -207,7 +207,9 @@ class StatusWriter:
 
     def saved(self, iteration: int) -> None:
         """Report a checkpoint that is published."""
-        self._status = replace(self._status, last_checkpoint=iteration)
+        # A stop between two log lines is told by the checkpoint that it leaves.
+        reached = max(self._status.iteration, iteration)
+        self._status = replace(self._status, last_checkpoint=iteration, iteration=reached)
         self._write()
 
     def _write(self) -> None:

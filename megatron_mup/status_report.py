@@ -18,7 +18,7 @@ from typing import Any
 
 from megatron_mup.checkpoint.folders import RECORD, usable_iterations
 from megatron_mup.checkpoint.integrity import CHECKSUMS, checkpoint_folder
-from megatron_mup.checkpoint.lease import LEASE
+from megatron_mup.checkpoint.lease import LEASE, owner_is_gone
 from megatron_mup.config import FaultConfig
 from megatron_mup.errors import CheckpointError, MupError
 from megatron_mup.status import STATUS, RunState, Status, is_count, read_json, read_status
@@ -136,7 +136,7 @@ def inspect_folder(folder: Path, *, clock: Callable[[], float] = time.time) -> R
         )
     planned = None if checkpoint is None else _planned(folder, checkpoint)
     if status is not None:
-        problems += _run_problems(status, heartbeat, now)
+        problems += _run_problems(status, heartbeat, now, gone=owner_is_gone(folder))
         if status.last_checkpoint is not None and (checkpoint or 0) < status.last_checkpoint:
             problems.append(f"the checkpoint of iteration {status.last_checkpoint} is gone")
     else:
@@ -206,13 +206,19 @@ def _planned(folder: Path, iteration: int) -> int | None:
     return train_iters if is_count(train_iters) and train_iters > 0 else None
 
 
-def _run_problems(status: Status, heartbeat: float | None, now: float) -> list[str]:
+def _run_problems(status: Status, heartbeat: float | None, now: float, *, gone: bool) -> list[str]:
     problems = []
     if status.state in (RunState.DIVERGED, RunState.FAILED):
         problems.append(f"the run {status.state}: {status.exit_reason or 'no reason is given'}")
+    held_out = status.metrics.get("lm loss validation")
+    if held_out is not None and not math.isfinite(held_out):
+        problems.append("the last held-out loss is not a number")
     loss = status.metrics.get("lm loss")
     if status.state.active:
-        problems += _life_problems(status, heartbeat, now - status.updated)
+        if gone:
+            problems.append(f"process {status.pid} on this machine is gone: it was killed")
+        else:
+            problems += _life_problems(status, heartbeat, now - status.updated)
         if loss is not None and not math.isfinite(loss):
             problems.append("the last loss is not a number")
         if status.metrics.get("skipped-fraction") == 1.0:

@@ -7,13 +7,14 @@ import logging
 import math
 import os
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megatron_mup import cli
+from megatron_mup.checkpoint.lease import Owner
 from megatron_mup.errors import CheckpointError
 from megatron_mup.status import RunState, Status, StatusWriter, read_status, write_status
 from megatron_mup.status_report import Report, inspect_folder, render
@@ -122,6 +123,12 @@ def test_json_holds_the_same_numbers(tmp_path: Path) -> None:
          "the run diverged: loss is nan"),
         ({"state": RunState.FAILED}, None, NOW, "the run failed: no reason is given"),
         ({"last_checkpoint": 1000}, 6, NOW, "the checkpoint of iteration 1000 is gone"),
+        (
+            {"state": RunState.FINISHED, "metrics": {"lm loss validation": math.nan}},
+            None,
+            NOW,
+            "the last held-out loss is not a number",
+        ),
     ],
 )  # fmt: skip
 def test_a_run_that_is_not_well_is_told_why(
@@ -369,3 +376,23 @@ def test_the_command_ends_with_0_1_or_2(
     code, text, _ = command(monkeypatch, capsys, str(tmp_path), "--json")
     assert code == 1
     assert json.loads(text)["problems"] == ["the run failed: disk full"]
+
+
+def test_a_process_that_was_killed_on_this_machine_is_missed_at_once(tmp_path: Path) -> None:
+    dead = replace(Owner.this_process(), process_start=1)
+    write_status(tmp_path, STATUS)
+    lease(tmp_path, age=1)
+    (tmp_path / "lease.json").write_text(json.dumps(asdict(dead)))
+    os.utime(tmp_path / "lease.json", (NOW - 1, NOW - 1))
+    (told,) = inspect(tmp_path).problems
+    assert told == "process 4242 on this machine is gone: it was killed"
+    (tmp_path / "lease.json").write_text(json.dumps(asdict(Owner.this_process())))
+    os.utime(tmp_path / "lease.json", (NOW - 1, NOW - 1))
+    assert inspect(tmp_path).problems == ()
+
+
+def test_a_stop_between_log_lines_is_told_by_its_checkpoint(tmp_path: Path) -> None:
+    writer = StatusWriter(tmp_path, tiny(), iteration=0, world_size=1, job_id=None)
+    writer.logged(200, {"lm loss": 2.0}, seconds_per_iteration=1.0)
+    writer.saved(212)
+    assert read_status(tmp_path).iteration == 212

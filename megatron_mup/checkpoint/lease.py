@@ -154,6 +154,20 @@ def _look(path: Path, now: int) -> _Seen | None:
     return _Seen(owner, token, status.st_mtime_ns, age)
 
 
+def owner_is_gone(folder: Path) -> bool:
+    """Whether the process that holds a folder is known to have ended.
+
+    Args:
+        folder: ``checkpoint.save`` of a run.
+
+    Returns:
+        False where nobody holds it, or where only the heartbeat could tell.
+    """
+    seen = _look(folder / LEASE, now=0)
+    owner = None if seen is None else seen.owner
+    return owner is not None and owner.is_alive(Owner.this_process()) is False
+
+
 class Lease:
     """Context manager that holds the lease of a save folder; for the first rank only.
 
