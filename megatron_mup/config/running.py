@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from megatron_mup.config.checks import require, require_positive
-from megatron_mup.config.choices import LossDenominator
+from megatron_mup.config.choices import LossDenominator, SampleLayout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +96,12 @@ class DataConfig:
     data_cache_path: str | None = None
     """Folder for Megatron's dataset index; unset means beside the first training shard."""
 
+    sample_layout: SampleLayout = SampleLayout.PACKED
+    """``packed`` (Megatron's) or ``document``: one document a sequence, padded and masked."""
+
+    bos_token: int | None = None
+    """Id that ``document`` puts in front of each sequence; unset means ``eod_token``."""
+
     eod_mask_loss: bool = False
     """Do not train on the end-of-document token."""
 
@@ -108,6 +114,17 @@ class DataConfig:
     def __post_init__(self) -> None:
         """Check values; raises ConfigError."""
         require(self.eod_token >= 0, f"data.eod_token is {self.eod_token}; it must not be negative")
+        document = self.sample_layout is SampleLayout.DOCUMENT
+        require(
+            self.bos_token is None or (document and self.bos_token >= 0),
+            f"data.bos_token is {self.bos_token} with sample_layout={self.sample_layout}; it must "
+            "not be negative, and only sample_layout=document has a begin token",
+        )
+        require(
+            not (document and self.eod_mask_loss),
+            "data.eod_mask_loss=true leaves the end of document untrained, which sample_layout="
+            "document trains; leave it at false",
+        )
         require(
             self.max_epochs is None or self.max_epochs > 0,
             f"data.max_epochs is {self.max_epochs}; it must be positive",
@@ -127,6 +144,12 @@ class LoggingConfig:
     metrics_path: str | None = None
     """JSON lines file to append metrics to."""
 
+    diagnostics_interval: int | None = None
+    """Measure update dynamics every so many iterations, see docs/dynamics.md; unset: never."""
+
+    diagnostics_path: str | None = None
+    """JSON lines file to append them to; unset means `dynamics.jsonl` in checkpoint.save."""
+
     tensorboard_dir: str | None = None
     """Folder of TensorBoard's event files; unset means none."""
 
@@ -144,7 +167,12 @@ class LoggingConfig:
 
     def __post_init__(self) -> None:
         """Check values; raises ConfigError."""
-        require_positive("logging", self, "log_interval")
+        require_positive("logging", self, "log_interval", "diagnostics_interval")
+        require(
+            self.diagnostics_path is None or self.diagnostics_interval is not None,
+            f"logging.diagnostics_path is '{self.diagnostics_path}', but nothing is measured; set "
+            "logging.diagnostics_interval as well",
+        )
         require(
             self.peak_tflops_per_device is None or self.peak_tflops_per_device > 0,
             f"logging.peak_tflops_per_device is {self.peak_tflops_per_device}; it must be positive",

@@ -1,8 +1,7 @@
 """The training loop: from a configuration to a trained, evaluated, saved model.
 
 Reads top to bottom: check everything that can be checked, build, resume, step, report, and end in
-one of the ways that ``exit_codes`` lists. Everything model- or width-dependent was decided by the
-table before this file is reached.
+one of the ways that ``exit_codes`` lists. The table has decided everything width-dependent before.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -25,7 +24,7 @@ from megatron_mup.checkpoint.resume import choose_checkpoint
 from megatron_mup.checkpoint.save import CheckpointSaver
 from megatron_mup.config import RunConfig
 from megatron_mup.data.datasets import Samples
-from megatron_mup.describe import describe_text
+from megatron_mup.describe import describe_run
 from megatron_mup.status import RunState, StatusWriter
 from megatron_mup.training.bad_steps import BadSteps, Outcome, Verdict, save_bad_batch
 from megatron_mup.training.batches import Batch, global_batch_size, micro_batches
@@ -54,7 +53,7 @@ from megatron_mup.training.processes import (
 from megatron_mup.training.profiler import StepProfiler, step_profiler
 from megatron_mup.training.role_metrics import decay_text, decay_timescales
 from megatron_mup.training.state import TrainState, build_state
-from megatron_mup.training.step import evaluate_batches, train_step
+from megatron_mup.training.step import StepObserver, check_observer, evaluate_batches, train_step
 
 Print = Callable[[str], None]
 
@@ -64,6 +63,7 @@ def train(
     *,
     data: TrainData | None = None,
     launch: Launch | None = None,
+    observer: StepObserver | None = None,
     echo: Print = print,
 ) -> TrainResult:
     """Train a model as configured.
@@ -72,35 +72,42 @@ def train(
         run: the configuration.
         data: samples to use instead of the configured shards.
         launch: place of this process; unset means the launcher's variables.
+        observer: looks on at steps; ``logging.diagnostics_interval`` needs one.
         echo: receives the log lines, on the first rank only.
 
     Returns:
         History and outcome, the same on every rank.
 
     Raises:
-        MupError: before any work, if data, layout or checkpoint do not fit the configuration;
-            later, if another rank dies.
+        MupError: before any work, if data, layout or checkpoint do not fit; later, if a rank dies.
     """
     launch = detect_launch() if launch is None else launch
     with ExitStack() as stack:
         # Signals that come while the model is built count as well.
         exits = stack.enter_context(ExitRequests(run.faults.exit_duration_in_mins))
+        check_observer(run, observer)
         epochs = check_before_work(run, launch, with_shards=data is None)
         peers = stack.enter_context(translate_lost_peers(run, launch.rank))
         stack.enter_context(parallel_processes(run, launch))
         lease = hold_save_folder(run, stack)
-        echo = echo if is_log_rank() else _silent
+        echo = echo if is_log_rank() else (lambda _line: None)
         if data is None:
             echo(data_text(epochs or {}))
             data = configured_data(run)
-        state, tools = _start(run, stack, exits=exits, lease=lease, echo=echo)
+        state, tools = _start(run, stack, exits=exits, lease=lease, observer=observer, echo=echo)
         loop = _Loop(state, data, tools)
         peers.iteration = lambda: state.iteration
         return loop.run_to_end(step_profiler(run.training, state.iteration, stack))
 
 
 def _start(
-    run: RunConfig, stack: ExitStack, *, exits: ExitRequests, lease: Lease | None, echo: Print
+    run: RunConfig,
+    stack: ExitStack,
+    *,
+    exits: ExitRequests,
+    lease: Lease | None,
+    observer: StepObserver | None,
+    echo: Print,
 ) -> tuple[TrainState, _Tools]:
     """Build the state, resume it, and open what the loop reports to."""
     found = choose_checkpoint(run)
@@ -108,6 +115,8 @@ def _start(
     if found is not None:
         load_checkpoint(state, found.folder, weights_only=run.checkpoint.finetune)
     tools = _Tools(run, stack, exits=exits, lease=lease, start=state.iteration, echo=echo)
+    tools.observer = observer
+    stack.enter_context(nullcontext() if observer is None else observer.opened(state))
     if run.checkpoint.save is not None:
         tools.saver = CheckpointSaver(
             run,
@@ -117,15 +126,11 @@ def _start(
             owned=None if lease is None else lease.confirm,
         )
         stack.callback(tools.saver.close)
-    echo(describe_text(run.table))
+    echo(describe_run(run))
     echo(decay_text(run))
     if run.checkpoint.load is not None:
         echo(origin_text(run, found))
     return state, tools
-
-
-def _silent(_line: str) -> None:
-    """Log nothing: this is not the first rank."""
 
 
 class _Tools:
@@ -147,6 +152,7 @@ class _Tools:
         self.lease = lease
         self.echo = echo
         self.saver: CheckpointSaver | None = None
+        self.observer: StepObserver | None = None
         self.status = StatusWriter(
             Path(save) if first and save is not None else None,
             run,
@@ -226,7 +232,10 @@ class _Loop:
             self._batches(self.data.train, batch),
             batch.size // (run.training.micro_batch_size * _data_size()),
             judge=self._judge,
+            observer=self.tools.observer,
         )
+        if report.observed:
+            self._record(report.observed)
         state.consumed_samples += batch.size
         state.skipped_iterations = self.bad_steps.skipped
         self.interval.add(report, batch_size=batch.size)
@@ -283,9 +292,7 @@ class _Loop:
 
     def _emit(self, metrics: dict[str, float]) -> None:
         iteration, tools = self.state.iteration, self.tools
-        self.result.history.append({"iteration": float(iteration), **metrics})
-        for sink in tools.sinks:
-            sink.write(iteration, metrics)
+        self._record(metrics)
         left = self.progress.seconds_left(iteration)
         tools.echo(console_line(iteration, self.run.training.train_iters, metrics, left))
         tools.status.logged(
@@ -294,6 +301,11 @@ class _Loop:
             seconds_per_iteration=self.progress.seconds_per_iteration(iteration),
             skipped_steps=self.state.skipped_iterations,
         )
+
+    def _record(self, metrics: dict[str, float]) -> None:
+        self.result.history.append({"iteration": float(self.state.iteration), **metrics})
+        for sink in self.tools.sinks:
+            sink.write(self.state.iteration, metrics)
 
     def _periodic(self) -> None:
         """Requests to stop, evaluation and checkpoints; the last iteration is ``_finish``'s."""

@@ -23,9 +23,11 @@ def check_outputs(run: RunConfig) -> None:
         raise ConfigError(
             f"logging.metrics_path '{metrics}' is a folder; give the name of a JSON lines file"
         )
+    dynamics = run.logging.diagnostics_path
     folders = {
         "checkpoint.save": run.checkpoint.save,
         "logging.metrics_path": None if metrics is None else str(Path(metrics).parent),
+        "logging.diagnostics_path": None if dynamics is None else str(Path(dynamics).parent),
         "logging.tensorboard_dir": run.logging.tensorboard_dir,
         "logging.wandb_save_dir": run.logging.wandb_save_dir,
         "training.profile_dir": run.training.profile_dir if run.training.profile else None,

@@ -6,11 +6,11 @@ Shape suffixes: B microbatch, S sequence.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import tee
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from megatron.core import parallel_state
@@ -18,10 +18,11 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_mup import platform
-from megatron_mup.config import LossDenominator
+from megatron_mup.config import LossDenominator, RunConfig
+from megatron_mup.errors import ConfigError
 from megatron_mup.optimizer.build import apply_schedule
 from megatron_mup.optimizer.guard import Veto
-from megatron_mup.optimizer.schedule import run_factor
+from megatron_mup.optimizer.schedule import ExtraFactor, extra_warmup, run_factor
 from megatron_mup.training.batches import Batch, context_parts
 from megatron_mup.training.state import TrainState
 
@@ -88,16 +89,59 @@ class StepReport:
         grad_norm: global gradient norm before clipping.
         factor: s(t) that the step used.
         updated: False if the update was vetoed.
+        extra: the extra warmup that the step used, if there is one.
+        observed: what an observer reports of it; empty unless it was due.
     """
 
     loss_sum_and_tokens: Tensor
     grad_norm: float
     factor: float
     updated: bool
+    extra: ExtraFactor | None = None
+    observed: dict[str, float] = field(default_factory=dict)
 
 
 Judge = Callable[[Tensor, float], bool]
 """Given this rank's [loss sum, tokens] and the global gradient norm: leave the update out?"""
+
+
+class StepObserver(Protocol):
+    """Looks on at some steps, on every rank, without changing them."""
+
+    def opened(self, state: TrainState) -> AbstractContextManager[None]:
+        """Around the whole loop, with the model built and resumed."""
+        ...
+
+    def due(self, iteration: int) -> bool:
+        """Whether to look on at the step that ends as number ``iteration``, counted from 1."""
+        ...
+
+    def forward(self, state: TrainState) -> AbstractContextManager[None]:
+        """Around the forward and backward passes of such a step."""
+        ...
+
+    def update(self, state: TrainState) -> AbstractContextManager[None]:
+        """Around its update, vetoed or not; on entry the groups' LR and decay are the step's."""
+        ...
+
+    def report(self, iteration: int) -> dict[str, float]:
+        """Metrics of the update just made, the same on every rank."""
+        ...
+
+
+def check_observer(run: RunConfig, observer: StepObserver | None) -> None:
+    """Refuse a run whose update dynamics nobody would measure.
+
+    Raises:
+        ConfigError: an interval is set and no observer is given.
+    """
+    interval = run.logging.diagnostics_interval
+    if interval is not None and observer is None:
+        raise ConfigError(
+            f"logging.diagnostics_interval={interval} needs an observer; 'megatron-mup train' "
+            "brings it, a script calls train(run, "
+            "observer=megatron_mup.diagnostics.dynamics.observer_for(run))"
+        )
 
 
 def train_step(
@@ -106,6 +150,7 @@ def train_step(
     num_microbatches: int,
     *,
     judge: Judge | None = None,
+    observer: StepObserver | None = None,
 ) -> StepReport:
     """One optimizer step; advances ``state.iteration`` but not the sample count.
 
@@ -114,17 +159,25 @@ def train_step(
         batches: this rank's microbatches.
         num_microbatches: how many of them make the step.
         judge: asked before the update; must answer alike on every rank.
+        observer: looks on, if the step is one of those that it is due at.
     """
     factor = run_factor(state.run, state.iteration)
-    apply_schedule(state.optimizer, factor, weight_decay=state.run.optimizer.weight_decay)
+    extra = extra_warmup(state.run, state.iteration)
+    decay = state.run.optimizer_numbers.weight_decay
+    apply_schedule(state.optimizer, factor, weight_decay=decay, extra=extra)
     for chunk in state.wrapped_chunks:
         chunk.zero_grad_buffer()
     state.optimizer.zero_grad()
-    report = _run_schedule(state, batches, num_microbatches, forward_only=False)
+    if observer is not None and not observer.due(state.iteration + 1):
+        observer = None
+    with nullcontext() if observer is None else observer.forward(state):
+        report = _run_schedule(state, batches, num_microbatches, forward_only=False)
     veto: Veto | None = None if judge is None else partial(judge, report)
-    updated, grad_norm = state.guard.step(veto)
+    with nullcontext() if observer is None else observer.update(state):
+        updated, grad_norm = state.guard.step(veto)
     state.iteration += 1
-    return StepReport(report, grad_norm, factor, updated)
+    observed = observer.report(state.iteration) if observer is not None and updated else {}
+    return StepReport(report, grad_norm, factor, updated, extra, observed)
 
 
 @torch.no_grad()
