@@ -28,11 +28,12 @@ from megatron_mup.config import (
     TransformerImpl,
 )
 from megatron_mup.errors import ParameterizationError
+from megatron_mup.model.additions import add_embedding_norm, add_unembedding_bias
 from megatron_mup.model.hooks import register_multipliers
 from megatron_mup.model.initialization import Shard, initialize
 from megatron_mup.model.layer_specs import block_spec
+from megatron_mup.parameterization.evaluation import Multipliers
 from megatron_mup.parameterization.roles import NormGain
-from megatron_mup.parameterization.rules import Multipliers
 from megatron_mup.parameterization.table import ParameterTable
 
 ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
@@ -62,6 +63,14 @@ _ALWAYS: dict[str, Any] = {
     "deallocate_pipeline_outputs": True,
 }
 """Megatron's switches that no run changes."""
+
+_GAINS = (
+    # Inside TransformerEngine's linear layers.
+    "layer_norm_weight",
+    "input_layernorm.weight",
+    "pre_mlp_layernorm.weight",
+    "decoder.final_layernorm.weight",
+)
 
 
 def transformer_config(run: RunConfig, multipliers: Multipliers) -> TransformerConfig:
@@ -196,7 +205,12 @@ def construct(
         # The CPU initialization path of 0.19.2 leaves replicated parameters without attributes.
         tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
     if model.transformer_impl is TransformerImpl.TRANSFORMER_ENGINE:
-        _freeze_unused_gains(gpt, model.norm_gain)
+        freeze_unused_gains(gpt, model.norm_gain)
+    if model.unembedding_bias:
+        add_unembedding_bias(gpt)
+    if model.embedding_norm:
+        add_embedding_norm(gpt, gain=model.norm_gain)
+    # After the norm, which would undo a multiplier before it.
     register_multipliers(gpt, multipliers)
     check_attention_scale(gpt, multipliers.attention)
     # A dry run builds on the meta device, from which nothing can be moved.
@@ -207,12 +221,19 @@ def construct(
 
 
 @torch.no_grad()
-def _freeze_unused_gains(gpt: torch.nn.Module, gain: NormGain) -> None:
-    """TransformerEngine norms always have a gain; without learned gains it is frozen at 1."""
+def freeze_unused_gains(gpt: torch.nn.Module, gain: NormGain) -> None:
+    """Freeze the gains of a model without learned ones at 1.
+
+    TransformerEngine's norms and upstream's local one always have a gain.
+
+    Args:
+        gpt: a GPTModel, one pipeline stage.
+        gain: which gain is learned; anything but none leaves the model alone.
+    """
     if gain is not NormGain.NONE:
         return
     for name, parameter in gpt.named_parameters():
-        if name.endswith("layer_norm_weight") or name == "decoder.final_layernorm.weight":
+        if name.endswith(_GAINS):
             parameter.fill_(1.0)
             parameter.requires_grad_(False)
 
@@ -242,5 +263,6 @@ def check_attention_scale(gpt: torch.nn.Module, scale: float) -> None:
         if not scales or set(scales.values()) != {scale}:
             raise ParameterizationError(
                 f"{name} ({type(core).__name__}) scales attention scores by {scales}, the table "
-                f"says {scale}; this attention module ignores the scale it is given"
+                f"says {scale}; set softmax_scale in the TransformerConfig before the model is "
+                "built, or use an attention module that does not ignore it"
             )

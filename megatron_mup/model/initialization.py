@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_mup.model.naming import rows_of_parameters
-from megatron_mup.parameterization.roles import ModelShape, Part, Role
+from megatron_mup.parameterization.roles import LogicalTensor, ModelShape, Part, Role
 from megatron_mup.parameterization.table import ParameterTable, TableRow
 
 BLOCK = 128
@@ -73,7 +73,37 @@ def draw_rows(
     return rows
 
 
-def part_view(parameter: Tensor, part: Part, shape: ModelShape) -> Tensor:
+def _group_rows(part: Part, shape: ModelShape) -> tuple[int, int, int]:
+    """First and last row of a part inside one query group of fused QKV, and the group's rows."""
+    head_dim = shape.kv_channels
+    query_rows = shape.num_attention_heads // shape.num_query_groups * head_dim
+    start, stop = {
+        Part.QUERY: (0, query_rows),
+        Part.KEY: (query_rows, query_rows + head_dim),
+        Part.VALUE: (query_rows + head_dim, query_rows + 2 * head_dim),
+    }[part]
+    return start, stop, query_rows + 2 * head_dim
+
+
+def part_span(tensor: LogicalTensor, shape: ModelShape, shard: Shard) -> tuple[int, int]:
+    """Half-open range of a split logical tensor along its split axis that a shard holds.
+
+    With fewer query groups than ranks, Megatron cuts a group's rows evenly, whatever they are: a
+    rank may hold some queries and no key.
+    """
+    qkv = tensor.part in (Part.QUERY, Part.KEY, Part.VALUE)
+    if not qkv or shape.num_query_groups >= shard.size:
+        return shard.span(tensor.shape[tensor.partition_axis or 0])
+    start, stop, rows = _group_rows(tensor.part, shape)
+    first, last = shard.span(rows * shape.num_query_groups)
+    group, offset = divmod(first, rows)
+    low, high = (min(max(edge, start), stop) - start for edge in (offset, offset + last - first))
+    return group * (stop - start) + low, group * (stop - start) + high
+
+
+def part_view(
+    parameter: Tensor, part: Part, shape: ModelShape, shard: Shard | None = None
+) -> Tensor:
     """The rows of one logical tensor inside a (fused) parameter shard, as a writable view.
 
     Megatron interleaves QKV by query group ([G, (H/G + 2) * D, M]) and stacks gate over up.
@@ -82,6 +112,8 @@ def part_view(parameter: Tensor, part: Part, shape: ModelShape) -> Tensor:
         parameter: local shard of a weight [rows, M] or bias [rows].
         part: which logical tensor.
         shape: global model shape.
+        shard: this process's place in tensor parallelism; needed with fewer query groups than
+            ranks, where the view is [rows, ...] and may be empty.
 
     Returns:
         View whose elements are the part's rows in logical order (QKV: [G, rows, ...]).
@@ -90,18 +122,16 @@ def part_view(parameter: Tensor, part: Part, shape: ModelShape) -> Tensor:
         return parameter
     if part in (Part.GATE, Part.UP):
         return parameter.chunk(2, dim=0)[0 if part is Part.GATE else 1]
-    head_dim = shape.kv_channels
-    query_rows = shape.num_attention_heads // shape.num_query_groups * head_dim
-    grouped = parameter.view(-1, query_rows + 2 * head_dim, *parameter.shape[1:])
-    start, stop = {
-        Part.QUERY: (0, query_rows),
-        Part.KEY: (query_rows, query_rows + head_dim),
-        Part.VALUE: (query_rows + head_dim, query_rows + 2 * head_dim),
-    }[part]
-    return grouped[:, start:stop]
+    start, stop, rows = _group_rows(part, shape)
+    if shard is not None and shape.num_query_groups < shard.size:
+        held = parameter.shape[0]
+        offset = shard.rank * held % rows
+        low, high = (min(max(edge - offset, 0), held) for edge in (start, stop))
+        return parameter[low:high]
+    return parameter.view(-1, rows, *parameter.shape[1:])[:, start:stop]
 
 
-def _fill(view: Tensor, row: TableRow, *, seed: int, shard: Shard) -> None:
+def _fill(view: Tensor, row: TableRow, shape: ModelShape, *, seed: int, shard: Shard) -> None:
     """Write one logical tensor's local values into its view."""
     tensor = row.tensor
     if tensor.role is Role.GAIN:
@@ -114,7 +144,10 @@ def _fill(view: Tensor, row: TableRow, *, seed: int, shard: Shard) -> None:
     # Row-parallel matrices are drawn by columns, their split axis, and written transposed.
     axis = tensor.partition_axis or 0
     length, width = tensor.shape[axis], tensor.shape[1 - axis]
-    start, stop = shard.span(length) if tensor.partition_axis is not None else (0, length)
+    split = tensor.partition_axis is not None
+    start, stop = part_span(tensor, shape, shard) if split else (0, length)
+    if start == stop:
+        return
     # flatten() of the interleaved query, key and value would be a copy, and the writing lost.
     matrix = view.flatten(0, -2) if view.is_contiguous() else None
     # Cut at block boundaries: a shard that starts inside a block draws no block twice.
@@ -170,7 +203,9 @@ def initialize(
             continue
         values = _writable(parameter)
         for row in rows[name]:
-            _fill(part_view(values, row.tensor.part, shape), row, seed=seed, shard=shard)
+            _fill(
+                part_view(values, row.tensor.part, shape, shard), row, shape, seed=seed, shard=shard
+            )
         if values is not parameter:
             parameter.copy_(values)
 

@@ -69,8 +69,14 @@ def rows_of_parameters(
     for local, name in canonical_names(model).items():
         if name not in rows:
             raise ParameterizationError(
-                f"parameter '{local}' has no role in the rule table; give it one in "
-                "megatron_mup/parameterization/roles.py or freeze it (requires_grad=False)"
+                f"parameter '{local}' ({_owner(model, local)}) has no role in the rule table; give "
+                "it one in megatron_mup/parameterization/roles.py (docs/extending.md) or freeze it "
+                "(requires_grad=False)"
             )
         result[local] = rows[name]
     return result
+
+
+def _owner(model: torch.nn.Module, local: str) -> str:
+    """Class of the module that holds a parameter."""
+    return type(model.get_submodule(local.rpartition(".")[0])).__name__
