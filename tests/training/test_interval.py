@@ -77,6 +77,8 @@ def test_metrics_of_an_interval_are_the_formulas_of_the_documentation() -> None:
         # 120 nats over the 60 tokens of the steps that were not skipped.
         "lm loss": 2.0,
         "lm loss ppl": 7.38905609893065,
+        # 60 of 10 x 16 positions.
+        "unmasked-fraction": 0.375,
         "learning-rate": 0.125,
         # Width 64 over base 32 halves the rate of hidden matrices and readout.
         "learning-rate/embedding": 0.125,
@@ -296,7 +298,7 @@ def test_a_role_has_one_learning_rate_and_one_decay(parameterization: str, form:
 
 
 def test_learning_rates_are_the_factor_times_each_peak() -> None:
-    rates = learning_rates(tiny("lr=1", "hidden_size=128").table, 0.5)
+    rates = learning_rates(tiny("lr=1", "hidden_size=128"), 0.5)
     assert rates["learning-rate/embedding"] == 0.5
     assert rates["learning-rate/query"] == 0.125
 
