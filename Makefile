@@ -5,7 +5,7 @@ SHELL := /bin/bash
 # The checks share one machine and their output is read top to bottom.
 .NOTPARALLEL:
 .PHONY: help venv quickstart test test-slow test-slurm test-gpu check lint format types \
-	shellcheck bench clean
+	shellcheck mutants bench clean
 
 BIN := .venv/bin
 SHELL_SCRIPTS = $(wildcard .ci/run tools/*.sh launch/*.sh launch/*.sbatch launch/*/*.sh \
@@ -52,6 +52,9 @@ types: venv  ## mypy --strict
 
 shellcheck: venv  ## check all shell scripts
 	@$(BIN)/shellcheck --external-sources $(SHELL_SCRIPTS)
+
+mutants: venv  ## break the package in every listed way; each must fail its tests (ARGS="--only WORDS")
+	@$(BIN)/python -m tests.mutants.run $(ARGS)
 
 bench: venv  ## measure training speed on this machine
 	@$(BIN)/python -m megatron_mup.benchmark

@@ -1,0 +1,1 @@
+"""Deliberately broken versions of the package, and the tests that must see each of them."""
