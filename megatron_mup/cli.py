@@ -37,10 +37,39 @@ Overrides = Annotated[
 ]
 
 
-def _require_config(path: Path | None) -> Path:
-    if path is None:
-        raise ConfigError("--config FILE is missing; examples/ holds configurations to start from")
-    return path
+PresetOption = Annotated[
+    str | None, typer.Option("--preset", help="Named experiment; see 'megatron-mup presets'.")
+]
+WidthOption = Annotated[int | None, typer.Option("--width", help="Hidden size of the preset.")]
+HeadDimOption = Annotated[
+    int | None, typer.Option("--head-dim", help="Head dim of the preset; unset: the paper's 128.")
+]
+BaseWidthOption = Annotated[
+    int | None, typer.Option("--base-width", help="Base width of the preset; unset: one head.")
+]
+
+TranslateOption = Annotated[
+    str | None,
+    typer.Option(
+        "--from-megatron-args",
+        help="Print the YAML for a Megatron-LM command line instead of training.",
+    ),
+]
+DryRunOption = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Check and print what would be; no GPU, nothing is written."),
+]
+DiagnosticsOption = Annotated[
+    int | None,
+    typer.Option(
+        "--diagnostics-interval",
+        help="Measure update dynamics every so many iterations; see docs/dynamics.md.",
+    ),
+]
+WorldSizeOption = Annotated[
+    int | None,
+    typer.Option("--world-size", help="Ranks of the dry run; unset: the fewest that fit."),
+]
 
 
 def _refuse_with_translation(config: Path | None, overrides: list[str]) -> None:
@@ -58,38 +87,36 @@ def _refuse_with_translation(config: Path | None, overrides: list[str]) -> None:
 def train(
     overrides: Overrides = None,
     config: ConfigOption = None,
-    from_megatron_args: Annotated[
-        str | None,
-        typer.Option(
-            "--from-megatron-args",
-            help="Print the YAML for a Megatron-LM command line instead of training.",
-        ),
-    ] = None,
-    dry: Annotated[
-        bool,
-        typer.Option(
-            "--dry-run", help="Check and print what would be; no GPU, nothing is written."
-        ),
-    ] = False,
-    world_size: Annotated[
-        int | None,
-        typer.Option("--world-size", help="Ranks of the dry run; unset: the fewest that fit."),
-    ] = None,
+    preset: PresetOption = None,
+    width: WidthOption = None,
+    head_dim: HeadDimOption = None,
+    base_width: BaseWidthOption = None,
+    from_megatron_args: TranslateOption = None,
+    dry: DryRunOption = False,
+    diagnostics_interval: DiagnosticsOption = None,
+    world_size: WorldSizeOption = None,
 ) -> None:
     """Train a GPT as configured; launch with python, torchrun or srun."""
+    overrides = list(overrides or [])
+    if diagnostics_interval is not None:
+        overrides.append(f"logging.diagnostics_interval={diagnostics_interval}")
     if world_size is not None and not dry:
         raise ConfigError(
             f"--world-size {world_size} is for --dry-run; the launcher (torchrun, srun) says how "
             "many ranks train"
         )
     if from_megatron_args is not None:
-        others = [*(overrides or []), *(["--dry-run"] if dry else [])]
+        others = [*overrides, *(["--dry-run"] if dry else [])]
+        others += [f"--preset {preset}"] if preset is not None else []
         _refuse_with_translation(config, others)
         _print_translation(from_megatron_args)
         return
-    from megatron_mup.config_io import load_config
+    from megatron_mup.run_source import RunSource
 
-    run = load_config(_require_config(config), overrides or [])
+    source = RunSource(
+        config=config, preset=preset, width=width, head_dim=head_dim, base_width=base_width
+    )
+    run = source.load(overrides)
     if dry:
         _print_dry_run(run, world_size)
     else:
@@ -97,9 +124,10 @@ def train(
 
 
 def _train(run: RunConfig) -> None:
+    from megatron_mup.diagnostics.dynamics import observer_for
     from megatron_mup.training.loop import train as run_training
 
-    result = run_training(run, echo=typer.echo)
+    result = run_training(run, observer=observer_for(run), echo=typer.echo)
     if result.exit_code:
         raise typer.Exit(result.exit_code)
 
@@ -125,14 +153,39 @@ def _print_dry_run(run: RunConfig, world_size: int | None) -> None:
 def describe(
     overrides: Overrides = None,
     config: ConfigOption = None,
+    preset: PresetOption = None,
+    width: WidthOption = None,
+    head_dim: HeadDimOption = None,
+    base_width: BaseWidthOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Print every parameter with its init, LR, decay, eps, multiplier and source."""
-    from megatron_mup.config_io import load_config
-    from megatron_mup.describe import describe_json, describe_text
+    from megatron_mup.describe import describe_json, describe_run
+    from megatron_mup.run_source import RunSource
 
-    table = load_config(_require_config(config), overrides or []).table
-    typer.echo(describe_json(table) if as_json else describe_text(table))
+    source = RunSource(
+        config=config, preset=preset, width=width, head_dim=head_dim, base_width=base_width
+    )
+    run = source.load(overrides or [])
+    typer.echo(describe_json(run.table) if as_json else describe_run(run))
+
+
+@app.command()
+def presets(
+    name: Annotated[
+        str | None, typer.Argument(help="Print this preset's YAML; needs --width.")
+    ] = None,
+    width: WidthOption = None,
+    head_dim: HeadDimOption = None,
+    base_width: BaseWidthOption = None,
+) -> None:
+    """List the named experiments with their change and the paper's verdict."""
+    from megatron_mup import preset_report as module
+
+    if name is None:
+        typer.echo(module.render())
+        return
+    typer.echo(module.as_yaml(name, width=width, head_dim=head_dim, base_width=base_width))
 
 
 @app.command()
@@ -144,6 +197,21 @@ def doctor(
 
     report = module.collect()
     typer.echo(json.dumps(asdict(report), indent=1) if as_json else module.render(report))
+
+
+@app.command()
+def plot(
+    source: Annotated[
+        Path, typer.Argument(help="Folder of checkpoint.save, or a JSON lines file.", metavar="RUN")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="Picture (PNG); unset: dynamics.png beside the rows.")
+    ] = None,
+) -> None:
+    """Draw the update dynamics that 'train --diagnostics-interval' measured, and print a table."""
+    from megatron_mup.diagnostics import dynamics_plot as module
+
+    typer.echo(module.plot(source, out))
 
 
 @app.command()
@@ -194,6 +262,47 @@ def quickstart(
     )
     records = module.run_quickstart(plan, typer.echo)
     module.report_quickstart(plan, records, typer.echo)
+
+
+@app.command("coord-check")
+def coord_check(
+    overrides: Overrides = None,
+    config: ConfigOption = None,
+    preset: PresetOption = None,
+    head_dim: Annotated[
+        int | None, typer.Option("--head-dim", help="Head dim of the preset; unset: 16.")
+    ] = None,
+    base_width: Annotated[
+        int | None,
+        typer.Option("--base-width", help="Base width of the preset; unset: the smallest width."),
+    ] = None,
+    widths: Annotated[str, typer.Option(help="Hidden sizes, increasing.")] = "64,128,256,512",
+    steps: Annotated[int, typer.Option(help="Optimizer steps of each run.")] = 4,
+    seeds: Annotated[int, typer.Option(help="Seeds of the initial weights.")] = 3,
+    out: Annotated[Path, typer.Option(help="Folder of the CSV files and the picture.")] = Path(
+        "coordinate_check"
+    ),
+    grow: Annotated[str, typer.Option(help="What follows the width: heads or head-dim.")] = "heads",
+    data: Annotated[bool, typer.Option(help="Read the configured shards.")] = False,
+) -> None:
+    """Check that no activation's change grows with the width; ends with 1 if one does."""
+    from megatron_mup.diagnostics import coordinate_check as module
+
+    request = module.CheckRequest(
+        widths=[int(width) for width in _listed("--widths", widths, int, "whole numbers")],
+        config=config,
+        preset=preset,
+        head_dim=head_dim,
+        base_width=base_width,
+        steps=steps,
+        seeds=seeds,
+        out=out,
+        grow=module.grow_from_text(grow),
+        with_data=data,
+        overrides=overrides or [],
+    )
+    if not module.run_check(request, echo=typer.echo):
+        raise typer.Exit(1)
 
 
 def _listed(

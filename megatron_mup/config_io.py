@@ -46,7 +46,7 @@ def _all_keys() -> list[str]:
     return [f"{section}.{name}" for section, names in option_names().items() for name in names]
 
 
-def _qualify(override: str) -> str:
+def qualified(override: str) -> str:
     """Turn ``lr=0.1`` into ``optimizer.lr=0.1``; option names are unique over the sections.
 
     Raises:
@@ -105,7 +105,7 @@ def _one_line(error: Exception) -> str:
 
 def _dotlist(overrides: Sequence[str]) -> Any:
     try:
-        return OmegaConf.from_dotlist([_qualify(override) for override in overrides])
+        return OmegaConf.from_dotlist([qualified(override) for override in overrides])
     except yaml.YAMLError as error:
         raise ConfigError(
             f"the value of an override in {list(overrides)} is not valid YAML: {_one_line(error)}"
@@ -142,9 +142,18 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         ConfigError: unreadable file, unknown key (the nearest is named), wrong type or value.
         ParameterizationError: the parameterization has no rule for this model.
     """
+    return config_from_dict(read_sections(path), overrides, origin=str(path))
+
+
+def read_sections(path: Path) -> dict[str, Any]:
+    """The sections of a YAML file as plain data, their keys checked.
+
+    Raises:
+        ConfigError: unreadable file or unknown key.
+    """
     data = _load_yaml(path)
     _check_keys(data, str(path))
-    return config_from_dict(data, overrides, origin=str(path))
+    return dict(data)
 
 
 def config_from_dict(
@@ -165,6 +174,8 @@ def config_from_dict(
         raise ConfigError(f"{origin}: {str(error).splitlines()[0]}") from error
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "?"
+        if key in {qualified(override).partition("=")[0] for override in overrides}:
+            origin = "command line"
         raise ConfigError(f"{origin}: {key}: {_reason(error, key)}") from error
     if not isinstance(result, RunConfig):
         raise ConfigError(f"{origin} does not describe a run")

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Sequence
 
 from rich import box
 from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Table
 
+from megatron_mup.config import ExtraWarmup, RunConfig
 from megatron_mup.parameterization.options import Parameterization, Ratio, UnembeddingInit
 from megatron_mup.parameterization.roles import Role
 from megatron_mup.parameterization.rules import (
@@ -22,8 +23,9 @@ from megatron_mup.parameterization.rules import (
 )
 from megatron_mup.parameterization.table import JSON_KEYS, ParameterTable
 
-MIN_WIDTH = 144
-"""Columns below which names would be broken over lines."""
+MIN_WIDTH = 120
+"""Columns of the lines below the table."""
+_MAX_WIDTH = 200
 
 _SOURCE = JSON_KEYS.index("source")
 _HEADS = {"base_fan_in": "base", "weight_decay": "decay", "forward_mult": "mult", "source": "src"}
@@ -59,8 +61,7 @@ def describe_text(table: ParameterTable, *, width: int | None = None) -> str:
     for row in rows:
         cells = [*row[:_SOURCE], f"[{sources.index(row[_SOURCE]) + 1}]"]
         grid.add_row(*(escape(cells[i]) for i in shown))
-    columns = width or max(MIN_WIDTH, shutil.get_terminal_size((MIN_WIDTH, 50)).columns)
-    console = Console(width=columns, highlight=False)
+    console = Console(width=width or max(MIN_WIDTH, _natural_width(grid)), highlight=False)
     with console.capture() as capture:
         console.print(grid)
         if equal:
@@ -73,8 +74,40 @@ def describe_text(table: ParameterTable, *, width: int | None = None) -> str:
     return capture.get()
 
 
+def _natural_width(grid: Table) -> int:
+    """Columns in which no name is broken over lines, but for absurdly long ones."""
+    wide = Console(width=_MAX_WIDTH)
+    return Measurement.get(wide, wide.options, grid).maximum
+
+
 def _head(key: str) -> str:
     return _HEADS.get(key, key)
+
+
+def describe_run(run: RunConfig) -> str:
+    """``describe_text`` of a run's table, and what stands between its options and the table."""
+    lines = [describe_text(run.table).rstrip("\n")]
+    asked, used = run.optimizer.numbers, run.optimizer_numbers
+    if used != asked:
+        changes = ", ".join(
+            f"{name} {_shown(getattr(asked, name))} -> {_shown(getattr(used, name))}"
+            for name in ("lr", "weight_decay", "eps", "betas")
+            if getattr(asked, name) != getattr(used, name)
+        )
+        lines.append(f"horizon_rule={run.parameterization.horizon_rule}: {changes}")
+    schedule, base = run.schedule, run.parameterization.base_hidden_size
+    if schedule.extra_warmup is not ExtraWarmup.NONE and base is not None:
+        lines.append(
+            f"extra_warmup={schedule.extra_warmup} on {schedule.extra_warmup_roles} roles: LR "
+            f"times {base / run.model.hidden_size:.4g} at first, rising to 1, beside the schedule"
+        )
+    return "\n".join(lines)
+
+
+def _shown(value: float | tuple[float, ...] | None) -> str:
+    if isinstance(value, tuple):
+        return f"({', '.join(f'{part:.6g}' for part in value)})"
+    return "none" if value is None else f"{value:.6g}"
 
 
 def _one_value(rows: Sequence[Sequence[str]], column: int) -> bool:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_mup.config import DecayStyle, RunConfig, TransformerImpl
-from megatron_mup.describe import MIN_WIDTH, describe_text
+from megatron_mup.describe import MIN_WIDTH, describe_run
 from megatron_mup.dry_run import DryRun, Stage
 from megatron_mup.flops import model_flops_per_token
 from megatron_mup.memory import GIB, bubble_fraction, checkpoint_bytes, passes_in_flight
@@ -38,7 +38,7 @@ def render(report: DryRun, *, width: int | None = None) -> str:
         console.print(_schedule_table(run))
         console.print(_pairs("cost", cost_lines(report)))
         console.print(_pairs("files", file_lines(report)))
-    return capture.get() + describe_text(run.table, width=width)
+    return capture.get() + describe_run(run)
 
 
 def _pairs(title: str, lines: Sequence[tuple[str, str]]) -> Table:
@@ -148,7 +148,7 @@ def _schedule_table(run: RunConfig) -> Table:
             name,
             f"{step:,}",
             f"{factor:.4g}",
-            f"{factor * run.optimizer.lr:.4g}",
+            f"{factor * run.optimizer_numbers.lr:.4g}",
             f"{samples:,}",
             f"{samples * run.model.seq_length:,}",
         )

@@ -173,8 +173,19 @@ CASES = [
         ("num_attention_heads 4", "tensor_model_parallel_size 8", "change one of them"),
     ),
     Case(
-        "groups_not_divisible_by_tp",
-        options("num_query_groups=2", "tensor_model_parallel_size=4"),
+        "groups_neither_multiple_nor_divisor_of_tp",
+        options(
+            "hidden_size=96",
+            "num_attention_heads=12",
+            "num_query_groups=4",
+            "tensor_model_parallel_size=6",
+        ),
+        ConfigError,
+        ("num_query_groups 4", "tensor_model_parallel_size 6", "change one of them"),
+    ),
+    Case(
+        "muon_with_parts_of_groups",
+        options("optimizer=muon", "num_query_groups=2", "tensor_model_parallel_size=4"),
         ConfigError,
         ("num_query_groups 2", "tensor_model_parallel_size 4", "change one of them"),
     ),
@@ -338,7 +349,7 @@ CASES = [
         "parameter_without_a_role",
         parameter_without_role,
         ParameterizationError,
-        ("'adapter.weight' has no role", "parameterization/roles.py", "requires_grad=False"),
+        ("'adapter.weight' (", "has no role", "parameterization/roles.py", "requires_grad=False"),
     ),
     Case(
         "transformer_engine_is_not_installed",

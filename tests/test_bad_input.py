@@ -55,7 +55,7 @@ def test_bad_input_is_refused_with_its_values_and_the_cure(case: Case, inputs: I
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train"], "--config FILE is missing"),
+        (["train"], "--config FILE or --preset NAME --width M is missing"),
         (["train", "--config", "absent.yaml"], "cannot read configuration 'absent.yaml'"),
         (["describe", "--config", "bad.yaml"], "found duplicate key num_layers"),
         (["train", "--from-megatron-args", "--lr fast"], "--lr takes a number, not 'fast'"),

@@ -31,7 +31,7 @@ from megatron_mup.config_io import config_from_dict
 from megatron_mup.model.gpt import transformer_config
 from megatron_mup.model.layer_specs import block_spec
 from megatron_mup.optimizer.build import optimizer_config
-from megatron_mup.parameterization.rules import Multipliers
+from megatron_mup.parameterization.evaluation import Multipliers
 from megatron_mup.training.batches import Batch
 from megatron_mup.training.state import build_state
 from megatron_mup.training.step import train_step

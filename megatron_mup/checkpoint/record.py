@@ -36,7 +36,7 @@ _RESUMED: dict[str, frozenset[str]] = {
     "schedule": _EVERYTHING,
     "training": frozenset({"global_batch_size", "rampup_batch_size", "loss_denominator", "seed"}),
     "precision": _EVERYTHING,
-    "data": frozenset({"eod_mask_loss", "eod_token"}),
+    "data": frozenset({"bos_token", "eod_mask_loss", "eod_token", "sample_layout"}),
 }
 """Options that must stay for a resumed run to equal the uninterrupted one. Layout, logging,
 evaluation and the microbatch may change; shards may have moved to another folder."""

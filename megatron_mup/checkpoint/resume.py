@@ -255,7 +255,7 @@ def _tell(run: RunConfig, found: FoundCheckpoint) -> None:
     """Log everything about the choice that a user could not expect."""
     root, used = found.folder.parent, found.iteration
     tracked = tracked_iteration(root)
-    if tracked != str(used):
+    if tracked != str(used) and run.checkpoint.ckpt_step is None:
         logger.warning(
             "%s names '%s', but iteration %d is used; checkpoint.ckpt_step chooses another one",
             root / TRACKER,

@@ -120,6 +120,36 @@ class WsdDecayStyle(StrEnum):
     MINUS_SQRT = "minus_sqrt"
 
 
+class ExtraWarmup(StrEnum):
+    """A warmup on top of the linear one, from 1/m to 1, m the width multiplier.
+
+    ``implied_mup``: the one that muP's division of the LR amounts to (arXiv:2510.19093, Eq. 11).
+    ``exponential``: m^(t/T - 1) for t < T (ours, after its Eq. 12).
+    """
+
+    NONE = "none"
+    IMPLIED_MUP = "implied_mup"
+    EXPONENTIAL = "exponential"
+
+
+class ExtraWarmupRoles(StrEnum):
+    """``divided``: the matrices whose LR muP would divide. ``all``: every tensor (ours)."""
+
+    DIVIDED = "divided"
+    ALL = "all"
+
+
+class SampleLayout(StrEnum):
+    """``packed``: documents concatenated and cut (Megatron). ``document``: one a sequence, padded.
+
+    ``document`` is arXiv:2404.05728's: truncated to the sequence, inputs shifted right behind a
+    begin token, loss up to and including the first end of document.
+    """
+
+    PACKED = "packed"
+    DOCUMENT = "document"
+
+
 class LossDenominator(StrEnum):
     """What the summed loss is divided by before differentiation.
 

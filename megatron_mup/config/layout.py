@@ -188,8 +188,9 @@ class RecomputeConfig:
         given = (self.recompute_method, self.recompute_num_layers)
         require(
             None not in given if full else given == (None, None),
-            f"recompute: granularity {self.recompute_granularity} with recompute_method "
-            f"{given[0]} and recompute_num_layers {given[1]}; 'full' needs both, nothing else "
+            f"recompute.recompute_granularity={self.recompute_granularity or 'unset'} with "
+            f"recompute_method {given[0] or 'unset'} and recompute_num_layers "
+            f"{given[1] or 'unset'}; 'full' needs both of these, and nothing else "
             "takes them",
         )
         require_positive("recompute", self, "recompute_num_layers")

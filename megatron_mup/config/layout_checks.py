@@ -35,7 +35,6 @@ def _check_tensor_parallel(run: RunConfig) -> None:
     for name, size in (
         ("hidden_size", model.hidden_size),
         ("num_attention_heads", model.num_attention_heads),
-        ("num_query_groups", model.query_groups),
         ("ffn_hidden_size", model.ffn_width),
         ("vocab_size (with make_vocab_size_divisible_by)", model.padded_vocab_size),
     ):
@@ -44,6 +43,12 @@ def _check_tensor_parallel(run: RunConfig) -> None:
             f"model: {name} {size} is not divisible by tensor_model_parallel_size {tensor}; "
             "change one of them",
         )
+    groups = model.query_groups
+    require(
+        groups % tensor == 0 or tensor % groups == 0,
+        f"model: num_query_groups {groups} is neither a multiple nor a divisor of "
+        f"tensor_model_parallel_size {tensor}; change one of them",
+    )
     context = run.parallel.context_parallel_size
     require(
         not run.parallel.sequence_parallel or model.seq_length // context % tensor == 0,
@@ -166,6 +171,13 @@ def _check_optimizer(run: RunConfig) -> None:
         section.optimizer is not OptimizerName.MUON or not run.parallel.overlap_param_gather,
         "optimizer.optimizer=muon is layer-wise and cannot overlap the gathering of parameters; "
         "leave parallel.overlap_param_gather out",
+    )
+    groups, tensor = run.model.query_groups, run.parallel.tensor_model_parallel_size
+    # Megatron cuts a query group's rows evenly, and Muon splits what a rank holds by groups.
+    require(
+        section.optimizer is not OptimizerName.MUON or groups % tensor == 0,
+        f"optimizer.optimizer=muon needs whole query groups on every rank: num_query_groups "
+        f"{groups} is not divisible by tensor_model_parallel_size {tensor}; change one of them",
     )
     require(
         section.optimizer is not OptimizerName.MUON or not run.precision.fp8_param_gather,

@@ -56,6 +56,12 @@ class ModelConfig:
     add_bias_linear: bool = False
     """Biases on the linear layers of attention and FFN."""
 
+    unembedding_bias: bool = False
+    """Bias on the logits, outside the logit multiplier (the ``biases`` of arXiv:2404.05728)."""
+
+    embedding_norm: bool = False
+    """RMSNorm, of kind ``norm_gain``, on the embedding's output."""
+
     untie_embeddings_and_output_weights: bool = True
     """Separate embedding and unembedding matrices."""
 
@@ -171,4 +177,6 @@ class ModelConfig:
             add_bias_linear=self.add_bias_linear,
             tied_embeddings=not self.untie_embeddings_and_output_weights,
             ffn_multiplier=self.ffn_multiplier,
+            unembedding_bias=self.unembedding_bias,
+            embedding_norm=self.embedding_norm,
         )

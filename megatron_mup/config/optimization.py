@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from megatron_mup.config.checks import require, require_positive, require_probability
 from megatron_mup.config.choices import (
     DecayStyle,
+    ExtraWarmup,
+    ExtraWarmupRoles,
     MuonTpMode,
     OptimizerName,
     WsdDecayStyle,
@@ -87,7 +89,7 @@ class OptimizerSection:
 
     @property
     def numbers(self) -> OptimizerNumbers:
-        """What the rule table needs of the optimizer."""
+        """What the rule table needs of the optimizer, as configured; see ``optimizer_numbers``."""
         return OptimizerNumbers(
             lr=self.lr,
             weight_decay=self.weight_decay,
@@ -95,7 +97,14 @@ class OptimizerSection:
             weight_decay_mask=self.weight_decay_mask,
             eps=None if self.optimizer is OptimizerName.LION else self.adam_eps,
             orthogonalized=self.optimizer is OptimizerName.MUON,
+            betas=self._betas,
         )
+
+    @property
+    def _betas(self) -> tuple[float, float]:
+        if self.optimizer is OptimizerName.LION:
+            return self.lion_beta1, self.lion_beta2
+        return self.adam_beta1, self.adam_beta2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +135,15 @@ class ScheduleConfig:
     lr_wsd_decay_style: WsdDecayStyle = WsdDecayStyle.LINEAR
     """Shape of WSD's final phase."""
 
+    extra_warmup: ExtraWarmup = ExtraWarmup.NONE
+    """Warmup that multiplies the linear one, from 1/m to 1; for rules without muP's division."""
+
+    extra_warmup_iters: int | None = None
+    """T of ``exponential``; ``implied_mup`` follows LR and decay and takes none."""
+
+    extra_warmup_roles: ExtraWarmupRoles = ExtraWarmupRoles.DIVIDED
+    """Whose LR the extra warmup multiplies."""
+
     def __post_init__(self) -> None:
         """Check ranges; raises ConfigError."""
         require(
@@ -141,7 +159,15 @@ class ScheduleConfig:
             self.lr_warmup_iters >= 0,
             f"schedule.lr_warmup_iters is {self.lr_warmup_iters}; it must not be negative",
         )
-        require_positive("schedule", self, "lr_decay_iters", "lr_wsd_decay_iters")
+        require_positive(
+            "schedule", self, "lr_decay_iters", "lr_wsd_decay_iters", "extra_warmup_iters"
+        )
+        exponential = self.extra_warmup is ExtraWarmup.EXPONENTIAL
+        require(
+            exponential == (self.extra_warmup_iters is not None),
+            f"schedule.extra_warmup_iters is {self.extra_warmup_iters} with extra_warmup="
+            f"{self.extra_warmup}; exponential needs it and no other one takes it",
+        )
         wsd = self.lr_decay_style is DecayStyle.WSD
         require(
             wsd == (self.lr_wsd_decay_iters is not None),

@@ -5,13 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from megatron_mup.config.checks import require
+from megatron_mup.config.choices import ExtraWarmup, OptimizerName
 from megatron_mup.config.layout import ParallelConfig, PrecisionConfig, RecomputeConfig
 from megatron_mup.config.layout_checks import check_layout_relations
 from megatron_mup.config.model import ModelConfig
 from megatron_mup.config.optimization import OptimizerSection, ScheduleConfig
 from megatron_mup.config.running import DataConfig, LoggingConfig, TrainingConfig
 from megatron_mup.config.survival import CheckpointConfig, FaultConfig
-from megatron_mup.parameterization.options import ParameterizationConfig
+from megatron_mup.parameterization.horizon import Horizon, scaled_for_horizon
+from megatron_mup.parameterization.options import (
+    HorizonRule,
+    OptimizerNumbers,
+    ParameterizationConfig,
+)
 from megatron_mup.parameterization.table import ParameterTable, resolve
 
 
@@ -41,6 +47,12 @@ class RunConfig:
         self.table  # noqa: B018  resolving refuses a parameterization without a rule
 
     def _check_training(self) -> None:
+        require(
+            self.training.rampup_batch_size is None
+            or self.parameterization.horizon_rule is HorizonRule.NONE,
+            f"parameterization.horizon_rule={self.parameterization.horizon_rule} needs a constant "
+            "batch; leave training.rampup_batch_size unset",
+        )
         start = self.training.profile_step_start
         require(
             not self.training.profile or start < self.training.train_iters,
@@ -77,6 +89,24 @@ class RunConfig:
             f"schedule: warmup {warmup} and lr_wsd_decay_iters {wsd} together exceed {end} "
             "iterations; shorten one of them",
         )
+        self._check_extra_warmup()
+
+    def _check_extra_warmup(self) -> None:
+        kind = self.schedule.extra_warmup
+        if kind is ExtraWarmup.NONE:
+            return
+        require(
+            self.parameterization.base_hidden_size is not None,
+            f"schedule.extra_warmup={kind} starts at base width / width: set "
+            "parameterization.base_hidden_size",
+        )
+        decay = self.optimizer.weight_decay
+        require(
+            kind is not ExtraWarmup.IMPLIED_MUP or (decay > 0 and self.optimizer.lr > 0),
+            f"schedule.extra_warmup=implied_mup rises as weight decay forgets the initial weights, "
+            f"but optimizer.weight_decay is {decay} and lr {self.optimizer.lr}; set both above 0 "
+            "or use exponential",
+        )
 
     @property
     def decay_iters(self) -> int:
@@ -91,4 +121,15 @@ class RunConfig:
     @property
     def table(self) -> ParameterTable:
         """The resolved parameter table of this run."""
-        return resolve(self.model.shape, self.parameterization, self.optimizer.numbers)
+        return resolve(self.model.shape, self.parameterization, self.optimizer_numbers)
+
+    @property
+    def optimizer_numbers(self) -> OptimizerNumbers:
+        """The optimizer's scalars for this run's batch and length; what the rules start from."""
+        batch_tokens = self.training.global_batch_size * self.model.seq_length
+        return scaled_for_horizon(
+            self.optimizer.numbers,
+            self.parameterization,
+            Horizon(batch_tokens, batch_tokens * self.training.train_iters),
+            adam=self.optimizer.optimizer is OptimizerName.ADAM,
+        )

@@ -16,8 +16,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_mup import platform
-from megatron_mup.config import RunConfig
+from megatron_mup.config import RunConfig, SampleLayout
 from megatron_mup.data.cache_safety import guarded_cache
+from megatron_mup.data.padded_documents import PaddedDocuments
 from megatron_mup.data.shards import open_shard
 from megatron_mup.errors import DataError
 
@@ -125,6 +126,45 @@ def build_datasets(
     Raises:
         DataError: a shard is missing or damaged, or the index cache holds what no index is.
     """
+    if run.data.sample_layout is SampleLayout.DOCUMENT:
+        train_set = _documents(run, run.data.train_data_path, train_samples)
+        if not valid_samples:
+            return train_set, None
+        return train_set, _documents(run, run.data.valid_data_path, valid_samples)
+    return _packed_datasets(run, train_samples=train_samples, valid_samples=valid_samples)
+
+
+def _documents(run: RunConfig, paths: Sequence[str], samples: int) -> PaddedDocuments:
+    data = run.data
+    return PaddedDocuments(
+        prefixes_without_weights(paths),
+        seq_length=run.model.seq_length,
+        eod=data.eod_token,
+        bos=data.eod_token if data.bos_token is None else data.bos_token,
+        seed=run.training.seed,
+        samples=samples,
+    )
+
+
+def prefixes_without_weights(paths: Sequence[str]) -> list[str]:
+    """The shards of ``sample_layout=document``, which reads each document equally often.
+
+    Raises:
+        DataError: the paths carry weights.
+    """
+    prefixes, weights = parse_blend(paths)
+    if weights is not None:
+        raise DataError(
+            f"data.sample_layout=document reads every document equally often, but the blend "
+            f"{list(paths)} has weights; give the prefixes alone, or use sample_layout=packed"
+        )
+    return prefixes
+
+
+def _packed_datasets(
+    run: RunConfig, *, train_samples: int, valid_samples: int
+) -> tuple[Samples, Samples | None]:
+    """Megatron's windows over concatenated documents."""
     platform.prepare()
     from megatron.core.datasets import blended_megatron_dataset_builder as blending
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig

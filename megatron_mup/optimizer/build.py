@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,25 +11,26 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
 from megatron_mup import platform
 from megatron_mup.config import OptimizerName, RunConfig
-from megatron_mup.optimizer.groups import GroupNumbers, config_overrides
+from megatron_mup.optimizer.groups import WARMUP_RATIO, GroupNumbers, config_overrides
+from megatron_mup.optimizer.schedule import ExtraFactor, warmup_ratio
 from megatron_mup.optimizer.upstream import correct_optimizer_factory, train_with_lion
 from megatron_mup.parameterization.table import ParameterTable
 
 
 def optimizer_config(run: RunConfig) -> OptimizerConfig:
     """Megatron's optimizer configuration of a run; peak values."""
-    section, precision = run.optimizer, run.precision
+    section, precision, numbers = run.optimizer, run.precision, run.optimizer_numbers
     muon = section.optimizer is OptimizerName.MUON
     distributed = run.parallel.use_distributed_optimizer
     return OptimizerConfig(
         # Lion takes the place of an AdamW that was built for it, see train_with_lion.
         optimizer="muon" if muon else "adam",
-        lr=section.lr,
-        min_lr=section.lr * run.schedule.min_lr_ratio,
-        weight_decay=section.weight_decay,
-        adam_beta1=section.adam_beta1,
-        adam_beta2=section.adam_beta2,
-        adam_eps=section.adam_eps,
+        lr=numbers.lr,
+        min_lr=numbers.lr * run.schedule.min_lr_ratio,
+        weight_decay=numbers.weight_decay,
+        adam_beta1=numbers.betas[0],
+        adam_beta2=numbers.betas[1],
+        adam_eps=section.adam_eps if numbers.eps is None else numbers.eps,
         clip_grad=section.clip_grad,
         bf16=precision.bf16,
         params_dtype=torch.bfloat16 if precision.bf16 else torch.float32,
@@ -67,12 +69,13 @@ def build_optimizer(
         A ``MegatronOptimizer``; its groups' LR and decay are set by ``apply_schedule``.
     """
     correct_optimizer_factory()
-    numbers = run.optimizer.numbers
+    numbers = run.optimizer_numbers
     overrides = config_overrides(
         model_chunks,
         table,
         defaults=GroupNumbers(numbers.lr, numbers.weight_decay, numbers.eps),
         min_lr_ratio=run.schedule.min_lr_ratio,
+        warmup_ratio=partial(warmup_ratio, run),
     )
     optimizer = get_megatron_optimizer(
         optimizer_config(run),
@@ -81,19 +84,25 @@ def build_optimizer(
         use_gloo_process_groups=not platform.has_cuda(),
     )
     if run.optimizer.optimizer is OptimizerName.LION:
-        train_with_lion(optimizer, (run.optimizer.lion_beta1, run.optimizer.lion_beta2))
+        train_with_lion(optimizer, numbers.betas)
     return optimizer
 
 
-def apply_schedule(optimizer: Any, factor: float, *, weight_decay: float) -> None:
+def apply_schedule(
+    optimizer: Any, factor: float, *, weight_decay: float, extra: ExtraFactor | None = None
+) -> None:
     """Set every group's LR to factor * its peak, and its decay to its share of lambda.
 
     Args:
         optimizer: from ``build_optimizer``.
         factor: s(t).
-        weight_decay: the configured lambda.
+        weight_decay: the optimizer's lambda.
+        extra: a second factor of each group's LR, from ``extra_warmup``.
     """
     # From the peak each time, not from the last value: a resumed run cannot accumulate rounding.
     for group in optimizer.param_groups:
         group["lr"] = factor * group["max_lr"]
         group["weight_decay"] = weight_decay * group["wd_mult"]
+        if extra is not None:
+            decay_per_step = group["max_lr"] * group["weight_decay"]
+            group["lr"] *= extra(group.get(WARMUP_RATIO, 1.0), decay_per_step)

@@ -13,6 +13,7 @@ from emerging_optimizers.scalar_optimizers import Lion
 from emerging_optimizers.scalar_optimizers import lion as lion_module
 from megatron.core.optimizer import distrib_optimizer, optimizer
 
+from megatron_mup.optimizer.groups import WARMUP_RATIO
 from megatron_mup.optimizer.layer_wise import register_layer_wise_optimizer
 
 logger = logging.getLogger(__name__)
@@ -23,18 +24,18 @@ _COMPILERS = ("c++", "g++", "clang++")
 @functools.cache
 def correct_optimizer_factory() -> None:
     """Apply the corrections below that concern every optimizer; idempotent."""
-    _identify_groups_by_eps()
+    _identify_groups()
     register_layer_wise_optimizer()
 
 
-def _identify_groups_by_eps() -> None:
-    """Let groups that differ only in eps stay apart when a checkpoint is loaded.
+def _identify_groups() -> None:
+    """Let groups that differ only in eps or extra warmup stay apart when a checkpoint is loaded.
 
-    Saved groups are matched to current ones by ``param_group_identifier_keys``, which lacks eps:
+    Saved groups are matched to current ones by ``param_group_identifier_keys``, which lacks these:
     two such groups collide and one silently takes the other's numbers. Upstream's own comment
     names adding the field as the fix.
     """
-    keys = (*optimizer.param_group_identifier_keys, "eps")
+    keys = (*optimizer.param_group_identifier_keys, "eps", WARMUP_RATIO)
     optimizer.param_group_identifier_keys = keys
     # The distributed optimizer imported the tuple by name: rebinding one module leaves the other.
     distrib_optimizer.param_group_identifier_keys = keys

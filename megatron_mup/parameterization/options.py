@@ -14,11 +14,20 @@ from megatron_mup.errors import ParameterizationError
 
 
 class Parameterization(StrEnum):
-    """Named rule sets: standard, relative muP (L Table 2), absolute muP (L)."""
+    """Named rule sets: standard, relative muP (L Table 2), absolute muP (L), CompleteP.
+
+    CompleteP (arXiv:2505.01618) is relative muP with rules for depth.
+    """
 
     SP = "sp"
     MUP = "mup"
     ABS_MUP = "abs_mup"
+    COMPLETEP = "completep"
+
+    @property
+    def is_relative(self) -> bool:
+        """Whether its rules divide by ratios to a base model."""
+        return self in (Parameterization.MUP, Parameterization.COMPLETEP)
 
 
 class InitScheme(StrEnum):
@@ -66,6 +75,18 @@ class Ratio(StrEnum):
     FAN_IN = "fan_in"
 
 
+class HorizonRule(StrEnum):
+    """How the optimizer's numbers follow batch size B and tokens D; see ``horizon``.
+
+    ``completed_p``: batch and token rules of arXiv:2512.22382. ``token_power``: LR ~ D^-0.32
+    (arXiv:2409.19913).
+    """
+
+    NONE = "none"
+    COMPLETED_P = "completed_p"
+    TOKEN_POWER = "token_power"
+
+
 class DecayMode(StrEnum):
     """What weight decay is a fraction of; see ``rules.group_weight_decay``."""
 
@@ -86,7 +107,7 @@ class ParameterizationConfig:
     """The parameterization section of a configuration."""
 
     name: Parameterization = Parameterization.MUP
-    """Rule set: ``mup`` (relative), ``abs_mup`` (absolute) or ``sp``."""
+    """Rule set: ``mup`` (relative), ``abs_mup`` (absolute), ``completep`` or ``sp``."""
 
     base_hidden_size: int | None = None
     """P: hidden size of the model on which hyperparameters were tuned. Required by ``mup``."""
@@ -136,8 +157,9 @@ class ParameterizationConfig:
     residual_multiplier: float = 1.0
     """Multiplies each residual branch before it is added, at the base depth."""
 
-    residual_depth_exponent: float = 0.0
-    """Residual branches are also multiplied by (L / base L)^-exponent; 0 leaves depth alone."""
+    residual_depth_exponent: float | None = None
+    """Residual branches are also multiplied by (L / base L)^-exponent; unset means 0, and 1 under
+    ``completep``, whose learning rates follow it."""
 
     logit_multiplier: float = 1.0
     """Multiplies the logits at every width, on top of the rule's own factor."""
@@ -146,8 +168,32 @@ class ParameterizationConfig:
     """Multiply Adam's eps by the tensor's learning-rate factor (L's use_eps_scaling)."""
 
     ffn_out_lr_ratio: Ratio | None = None
-    """Ratio that divides ffn_out's LR under ``mup``, and only there: ``width`` is L's own rule,
-    ``fan_in`` is ours; unset means ``fan_in``."""
+    """Ratio that divides ffn_out's LR under ``mup`` and ``completep``, and only there: ``width`` is
+    L's own rule, ``fan_in`` is ours; unset means ``fan_in``, and ``none`` is refused."""
+
+    embedding_lr_exponent: float | None = None
+    """Embedding LR alpha m^exponent instead of the rule set's own: 1 (arXiv:2605.21486, under
+    ``sp``), 0.5 (arXiv:2506.15025), -0.5 (the 1/sqrt(fan_out) of arXiv:2407.17465)."""
+
+    hidden_lr_exponent: float | None = None
+    """LR of the hidden matrices alpha r^exponent instead of the rule set's own (``mup`` has -1)."""
+
+    unembedding_lr_exponent: float | None = None
+    """Unembedding LR alpha m^exponent instead of the rule set's own (``mup`` has -1)."""
+
+    weight_decay_width_exponent: float = 0.0
+    """lambda times m^exponent on the matrices whose LR muP divides. Published: 1 with coupled decay
+    (arXiv:2510.19093), 0.5 (arXiv:2510.15262), -1 with independent decay (arXiv:2512.05620)."""
+
+    horizon_rule: HorizonRule = HorizonRule.NONE
+    """How LR, decay, eps and betas follow batch and length; needs the base sizes below."""
+
+    base_batch_tokens: int | None = None
+    """Positions of one global batch when hyperparameters were tuned: ``completed_p`` needs it, and
+    under ``token_power`` it must be this run's."""
+
+    base_train_tokens: int | None = None
+    """Positions of the whole run when hyperparameters were tuned; for ``horizon_rule``."""
 
     def __post_init__(self) -> None:
         """Refuse values that no rule can use.
@@ -156,7 +202,7 @@ class ParameterizationConfig:
             ParameterizationError: a size below 1; a std or multiplier that is not positive and
                 finite.
         """
-        for name in BASE_SHAPE_OPTIONS:
+        for name in (*BASE_SHAPE_OPTIONS, "base_batch_tokens", "base_train_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ParameterizationError(
@@ -176,17 +222,21 @@ class ParameterizationConfig:
                 raise ParameterizationError(
                     f"parameterization.{name} is {value}; it must be positive and finite"
                 )
-        if not math.isfinite(self.residual_depth_exponent):
-            raise ParameterizationError(
-                f"parameterization.residual_depth_exponent is {self.residual_depth_exponent}; it "
-                "must be finite"
-            )
+        for name in _EXPONENTS:
+            value = getattr(self, name)
+            if value is not None and not math.isfinite(value):
+                raise ParameterizationError(
+                    f"parameterization.{name} is {value}; it must be finite"
+                )
         # NONE is for rows of the table whose LR is alpha; ffn_out has no such published rule.
         if self.ffn_out_lr_ratio is Ratio.NONE:
             raise ParameterizationError(
                 "parameterization.ffn_out_lr_ratio is 'none'; use 'width' or 'fan_in'"
             )
 
+
+LR_EXPONENTS = ("embedding_lr_exponent", "hidden_lr_exponent", "unembedding_lr_exponent")
+_EXPONENTS = (*LR_EXPONENTS, "residual_depth_exponent", "weight_decay_width_exponent")
 
 # Sizes of the model that was tuned, each its own option: F, D and H need not follow M.
 BASE_SHAPE_OPTIONS = (
@@ -212,6 +262,9 @@ class OptimizerNumbers:
     weight_decay_mask: DecayMask
     eps: float | None
     """Adam's epsilon; None for optimizers that have none (Lion)."""
+
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Adam's or Lion's; only ``horizon`` changes them."""
 
     orthogonalized: bool = False
     """Muon: hidden matrices get an orthogonalized update, the other roles keep Adam's rules."""

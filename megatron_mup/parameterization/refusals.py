@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from megatron_mup.errors import ParameterizationError
 from megatron_mup.parameterization.options import (
+    LR_EXPONENTS,
     AttentionScale,
     DecayMode,
     InitScheme,
@@ -45,6 +46,7 @@ def refuse_without_rule(
     if shape.tied_embeddings:
         _refuse_for_tied(config, u_init)
     _refuse_ratio_without_effect(config, optimizer)
+    _refuse_exponents(shape, config, optimizer)
     divides = optimizer.weight_decay_mode is not DecayMode.COUPLED
     if divides and optimizer.weight_decay > 0 and not optimizer.lr > 0:
         raise ParameterizationError(
@@ -57,7 +59,7 @@ def refuse_without_rule(
 def _require_base_shape(config: ParameterizationConfig, attention_scale: AttentionScale) -> None:
     """Each rule that compares with the base model needs the sizes that it compares with."""
     # The relative rule asks for all sizes at once: a later change of shape then needs no new ones.
-    if config.name is Parameterization.MUP or (
+    if config.name.is_relative or (
         config.name is Parameterization.ABS_MUP
         and (config.init is InitScheme.SIGMA or config.output_form is OutputForm.MULTIPLIER)
     ):
@@ -70,8 +72,14 @@ def _require_base_shape(config: ParameterizationConfig, attention_scale: Attenti
         )
     if attention_scale is AttentionScale.BASE_HEAD_DIM:
         _require(config, "base_kv_channels")
-    if config.residual_depth_exponent != 0.0:
+    if config.residual_depth_exponent:
         _require(config, "base_num_layers")
+    if config.weight_decay_width_exponent != 0.0 or config.unembedding_lr_exponent is not None:
+        _require(config, "base_hidden_size")
+    if config.embedding_lr_exponent is not None:
+        _require(config, "base_hidden_size")
+    if config.hidden_lr_exponent is not None:
+        _require(config, "base_hidden_size", "base_ffn_hidden_size", "base_kv_channels")
 
 
 def _refuse_ratio_without_effect(
@@ -80,17 +88,48 @@ def _refuse_ratio_without_effect(
     """``ffn_out_lr_ratio`` chooses between two rules that exist in one case only."""
     if config.ffn_out_lr_ratio is None:
         return
-    if config.name is not Parameterization.MUP:
+    if not config.name.is_relative:
         raise ParameterizationError(
             f"ffn_out_lr_ratio={config.ffn_out_lr_ratio} chooses between two relative rules and "
             f"has no effect under name={config.name}; leave parameterization.ffn_out_lr_ratio "
-            "unset or use name=mup"
+            "unset or use name=mup or completep"
         )
     if optimizer.orthogonalized:
         raise ParameterizationError(
             f"ffn_out_lr_ratio={config.ffn_out_lr_ratio} has no effect with optimizer=muon, whose "
             "hidden learning rates do not depend on any size; leave "
             "parameterization.ffn_out_lr_ratio unset"
+        )
+
+
+def _refuse_exponents(
+    shape: ModelShape, config: ParameterizationConfig, optimizer: OptimizerNumbers
+) -> None:
+    """Powers that replace the rule set's own need a row and a ratio to act on."""
+    chosen = [name for name in LR_EXPONENTS if getattr(config, name) is not None]
+    if chosen and config.name is Parameterization.ABS_MUP:
+        raise ParameterizationError(
+            f"{chosen[0]}={getattr(config, chosen[0])} is a power of a ratio to a base model, "
+            f"which abs_mup does not use; leave parameterization.{chosen[0]} unset or use name=mup "
+            "or sp"
+        )
+    for name in ("embedding_lr_exponent", "unembedding_lr_exponent"):
+        if shape.tied_embeddings and name in chosen:
+            raise ParameterizationError(
+                f"{name}={getattr(config, name)}: a tied matrix is embedding and readout, and no "
+                f"published rule scales its LR; leave parameterization.{name} unset or set "
+                "model.untie_embeddings_and_output_weights=true"
+            )
+    if optimizer.orthogonalized and config.hidden_lr_exponent is not None:
+        raise ParameterizationError(
+            f"hidden_lr_exponent={config.hidden_lr_exponent}: with optimizer=muon the hidden "
+            "learning rates do not depend on any size; leave parameterization.hidden_lr_exponent "
+            "unset"
+        )
+    if config.eps_scaling and config.name is Parameterization.COMPLETEP:
+        raise ParameterizationError(
+            "eps_scaling multiplies eps by the LR's factor, but completep has its own rule for "
+            "eps; leave parameterization.eps_scaling at false"
         )
 
 

@@ -73,6 +73,9 @@ class ModelShape:
     ffn_multiplier: float | None = None
     """F as a multiple of M before rounding, when the FFN width was given so (2.67 for SwiGLU)."""
 
+    unembedding_bias: bool = False
+    embedding_norm: bool = False
+
     @property
     def attention_width(self) -> int:
         """H * D: fan-in of the attention output projection."""
@@ -188,12 +191,21 @@ def logical_tensors(shape: ModelShape) -> tuple[LogicalTensor, ...]:
     # The padded vocabulary, which does not depend on the layout, so neither do the shapes.
     size = (shape.vocab_size, shape.hidden_size)
     tensors = [_tensor("embedding.word_embeddings.weight", Role.EMBEDDING, size, 0)]
+    if shape.embedding_norm:
+        tensors.extend(_gain("embedding.norm.weight", shape))
     for index in range(shape.num_layers):
         tensors.extend(_layer(shape, index))
     tensors.extend(_gain("decoder.final_layernorm.weight", shape))
     if not shape.tied_embeddings:
         tensors.append(_tensor("output_layer.weight", Role.UNEMBEDDING, size, 0))
+    if shape.unembedding_bias:
+        tensors.append(_tensor("output_layer.bias", Role.BIAS, (shape.vocab_size,), 0))
     return tuple(tensors)
+
+
+def in_layers(tensor: LogicalTensor) -> bool:
+    """Whether a tensor belongs to a transformer layer, and so follows rules for depth."""
+    return tensor.parameter.startswith("decoder.layers.")
 
 
 def by_parameter(tensors: tuple[LogicalTensor, ...]) -> dict[str, tuple[LogicalTensor, ...]]:

@@ -8,6 +8,7 @@ or megatron.
 
 from __future__ import annotations
 
+from megatron_mup.parameterization.evaluation import Rules
 from megatron_mup.parameterization.options import (
     InitScheme,
     OutputForm,
@@ -16,15 +17,15 @@ from megatron_mup.parameterization.options import (
     UnembeddingInit,
     WeightInit,
 )
-from megatron_mup.parameterization.roles import LogicalTensor, Role
-from megatron_mup.parameterization.rules import (
-    INIT_EXPONENT,
-    UNEMBEDDING_EXPONENT,
-    Rules,
-)
+from megatron_mup.parameterization.roles import LogicalTensor, Role, in_layers
+from megatron_mup.parameterization.rules import DIVIDED, INIT_EXPONENT, UNEMBEDDING_EXPONENT
 
 _PAPER, _TABLE = "arXiv:2404.05728", "arXiv:2404.05728 Table 2"
 _MEGATRON = "Megatron's base point"
+_EXPONENT_OPTION = {
+    Role.EMBEDDING: "embedding_lr_exponent",
+    Role.UNEMBEDDING: "unembedding_lr_exponent",
+}
 
 
 def row_source(rules: Rules, tensor: LogicalTensor) -> str:
@@ -45,6 +46,18 @@ def row_source(rules: Rules, tensor: LogicalTensor) -> str:
         )
     if tensor.role is Role.EMBEDDING and rules.shape.tied_embeddings:
         clauses.append(_tied(rules))
+    rule = rules.rule(tensor.role)
+    if rule.eps_exponent:
+        sizes = _sizes(rules, tensor, rules.ratio_used(tensor.role))
+        depth = power_text("L", "base_L", -rules.depth_exponent) if rules.depth_exponent else "1"
+        clauses.append(
+            f"eps times {power_text(*sizes, rule.eps_exponent)} times {depth} ({rule.citation})"
+        )
+    exponent = rules.config.weight_decay_width_exponent
+    if exponent and tensor.role in DIVIDED:
+        clauses.append(
+            f"decay times {power_text('M', 'P', exponent)} (weight_decay_width_exponent)"
+        )
     return "; ".join(clauses)
 
 
@@ -67,17 +80,22 @@ def _learning_rate(rules: Rules, tensor: LogicalTensor) -> str:
     """LR formula, the ratio in it, and whether that ratio is the published one."""
     rule = rules.rule(tensor.role)
     ratio = rules.ratio_used(tensor.role)
-    origin = rule.citation
-    # The two ratios are the same number wherever the model grows in step with its base.
-    if ratio is not rule.published_ratio:
+    exponent, origin = rules.lr_exponent(tensor.role), rule.citation
+    if rules.chosen_exponent(tensor.role) is not None:
+        origin = f"{_EXPONENT_OPTION.get(tensor.role, 'hidden_lr_exponent')}={exponent:g}"
+    elif ratio is not rule.published_ratio:
         origin = f"ours; {rule.citation} uses the width"
+        # The two ratios are the same number wherever the model grows in step with its base.
         if rules.size_ratio(tensor, ratio) == rules.size_ratio(tensor, Ratio.WIDTH):
             origin += ", equal here"
     formula = "alpha"
-    if ratio is not Ratio.NONE:
-        formula += f" {power_text(*_sizes(rules, tensor, ratio), rule.lr_exponent)}"
+    if ratio is not Ratio.NONE and exponent:
+        formula += f" {power_text(*_sizes(rules, tensor, ratio), exponent)}"
         # alpha 1/M reads alpha/M.
         formula = formula.replace(" 1/", "/")
+    depth_exponent = rules.depth_exponent - 1.0
+    if rule.depth_rule and depth_exponent and in_layers(tensor):
+        formula += f" {power_text('L', 'base_L', depth_exponent)}"
     return f"LR {formula} (ratio {ratio}, {origin})"
 
 

@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from megatron_mup.parameterization.evaluation import Multipliers, Rules
 from megatron_mup.parameterization.options import OptimizerNumbers, ParameterizationConfig
 from megatron_mup.parameterization.roles import (
     LogicalTensor,
@@ -17,7 +18,6 @@ from megatron_mup.parameterization.roles import (
     by_parameter,
     logical_tensors,
 )
-from megatron_mup.parameterization.rules import Multipliers, Rules
 from megatron_mup.parameterization.sources import row_source
 
 JsonRow = dict[str, str | float | list[int] | None]
@@ -47,6 +47,7 @@ class TableRow:
     """One logical parameter with every number that the rules give it.
 
     ``weight_decay`` is the group's value, which the LR multiplies; ``lr`` is the peak.
+    ``width_ratio`` is what muP would divide the LR by: extra warmups start from its inverse.
     """
 
     tensor: LogicalTensor
@@ -56,6 +57,7 @@ class TableRow:
     weight_decay: float
     eps: float | None
     forward_mult: float
+    width_ratio: float
     source: str
 
     @property
@@ -137,6 +139,7 @@ def resolve(
                 weight_decay=values.weight_decay,
                 eps=values.eps,
                 forward_mult=values.forward_mult,
+                width_ratio=values.width_ratio,
                 source=row_source(rules, tensor),
             )
         )

@@ -18,6 +18,7 @@ from megatron.core import parallel_state
 
 from megatron_mup import platform
 from megatron_mup.config import RunConfig
+from megatron_mup.optimizer.schedule import ExtraFactor
 from megatron_mup.training.meters import memory_bytes
 from megatron_mup.training.processes import sum_over_data_parallel
 from megatron_mup.training.role_metrics import learning_rates
@@ -55,7 +56,6 @@ class Interval:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._run = run
-        self._table = run.table
         self._flops_per_sample = flops_per_sample
         self._peak_flops = peak_flops
         self._clock = clock
@@ -67,7 +67,9 @@ class Interval:
         self._loss_and_tokens = torch.zeros(2, dtype=torch.float64, device=platform.device())
         self._paused = 0.0
         self._steps = self._samples = self._batch_size = self._clipped = self._skipped = 0
+        self._trained_samples = 0
         self._grad_norm = self._factor = math.nan
+        self._extra: ExtraFactor | None = None
 
     def add(self, report: StepReport, *, batch_size: int) -> None:
         """Add one step; no communication, and no waiting for the device.
@@ -82,10 +84,11 @@ class Interval:
         self._steps += 1
         self._samples += batch_size
         self._batch_size = batch_size
-        self._factor = report.factor
+        self._factor, self._extra = report.factor, report.extra
         if not report.updated:
             self._skipped += 1
             return
+        self._trained_samples += batch_size
         self._loss_and_tokens += report.loss_sum_and_tokens
         self._grad_norm = report.grad_norm
         clip = self._run.optimizer.clip_grad
@@ -120,11 +123,13 @@ class Interval:
         )
         loss = loss_sum / tokens if tokens else math.nan
         steps, seq_length = self._steps, self._run.model.seq_length
+        trained = self._trained_samples * seq_length
         metrics = {
             "lm loss": loss,
             "lm loss ppl": perplexity(loss),
-            "learning-rate": self._factor * self._run.optimizer.lr,
-            **learning_rates(self._table, self._factor),
+            "unmasked-fraction": tokens / trained if trained else math.nan,
+            "learning-rate": self._factor * self._run.optimizer_numbers.lr,
+            **learning_rates(self._run, self._factor, self._extra),
             "grad-norm": self._grad_norm,
             "clipped-fraction": self._clipped / steps,
             "skipped-fraction": self._skipped / steps,

@@ -1,34 +1,51 @@
 """Numbers per role of a run: learning rates, and the timescale of weight decay.
 
-Both are read from the parameter table. A role has one learning rate and one decay in every table,
-because no rule looks at more than the role and sizes that are the same in every layer.
+Both are read from the parameter table. Inside the layers a role has one learning rate and one
+decay, because no rule looks at more than the role and sizes that are the same in every layer; where
+CompleteP treats a gain or bias outside of the layers differently, that is a second entry.
 """
 
 from __future__ import annotations
 
 from megatron_mup.config import RunConfig
+from megatron_mup.optimizer.schedule import ExtraFactor, warmup_ratio
+from megatron_mup.parameterization.roles import in_layers
 from megatron_mup.parameterization.table import ParameterTable, TableRow
 
 
 def rows_by_role(table: ParameterTable) -> dict[str, TableRow]:
-    """One row for each role of a table, in the order of the forward pass."""
+    """One row for each role of a table, in the order of the forward pass.
+
+    Returns:
+        By role; ``<role>-outside-layers`` where those have another learning rate.
+    """
     rows: dict[str, TableRow] = {}
-    for row in table.rows:
-        rows.setdefault(row.tensor.role.value, row)
-    return rows
+    for row in sorted(table.rows, key=lambda row: not in_layers(row.tensor)):
+        known = rows.setdefault(row.tensor.role.value, row)
+        if row.lr != known.lr:
+            rows.setdefault(f"{row.tensor.role.value}-outside-layers", row)
+    order = {row.tensor.name: place for place, row in enumerate(table.rows)}
+    return dict(sorted(rows.items(), key=lambda item: order[item[1].tensor.name]))
 
 
-def learning_rates(table: ParameterTable, factor: float) -> dict[str, float]:
+def learning_rates(
+    run: RunConfig, factor: float, extra: ExtraFactor | None = None
+) -> dict[str, float]:
     """Current learning rates.
 
     Args:
-        table: the run's table.
+        run: the run's configuration.
         factor: s(t), the schedule's fraction of each peak.
+        extra: the extra warmup's factor, if there is one.
 
     Returns:
         ``learning-rate/<role>`` -> s(t) x the role's peak.
     """
-    return {f"learning-rate/{role}": factor * row.lr for role, row in rows_by_role(table).items()}
+    rates = {role: factor * row.lr for role, row in rows_by_role(run.table).items()}
+    if extra is not None:
+        for role, row in rows_by_role(run.table).items():
+            rates[role] *= extra(warmup_ratio(run, row), row.decay_per_step)
+    return {f"learning-rate/{role}": rate for role, rate in rates.items()}
 
 
 def decay_timescales(run: RunConfig) -> dict[str, float]:

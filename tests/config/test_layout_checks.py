@@ -18,7 +18,7 @@ TP4 = "tensor_model_parallel_size=4"
     ("overrides", "words"),
     [
         (("tensor_model_parallel_size=3",), "hidden_size 64 .* tensor_model_parallel_size 3"),
-        ((TP2, "num_query_groups=1"), "num_query_groups 1 is not divisible"),
+        ((TP2, "num_query_groups=1", "optimizer=muon"), "num_query_groups 1 is not divisible"),
         (("sequence_parallel=true",), "raise it or leave sequence_parallel out"),
         ((TP2, "sequence_parallel=true", "seq_length=15"), "seq_length 15 is not divisible"),
         (("pipeline_model_parallel_size=3",), "num_layers 2 is not divisible"),

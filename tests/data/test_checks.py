@@ -33,6 +33,6 @@ def test_weights_say_how_often_each_shard_is_read(tmp_path: Path) -> None:
 
 def test_data_that_runs_out_is_refused_with_the_numbers(tmp_path: Path) -> None:
     run = blended(tmp_path, "3", "1", limit="4")
-    with pytest.raises(DataError, match=r"small' 4\.50 times, data\.max_epochs is 4"):
+    with pytest.raises(DataError, match=r"small' 4\.5 times, data\.max_epochs is 4"):
         check_epochs(run, 120)
     assert check_epochs(run, 100)

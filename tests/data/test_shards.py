@@ -8,10 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_mup.data.checks import check_training_data
 from megatron_mup.data.preprocess import PreprocessOptions, preprocess
 from megatron_mup.data.shards import inspect_shard, open_shard, unigram_entropy
 from megatron_mup.data.tokenizer import Tokenizer
 from megatron_mup.errors import DataError
+from tests.configurations import tiny
 
 
 def write_shard(
@@ -65,6 +67,18 @@ def test_an_own_shard_opens_with_its_manifest(own_shard: Path) -> None:
     assert info.manifest is not None
     assert info.manifest.tokens == info.tokens
     assert info.manifest.vocab_size == 512
+
+
+@pytest.mark.parametrize("use", ["sample_layout=document", "eod_mask_loss=true"])
+def test_another_end_of_document_than_the_shards_is_refused_where_it_is_used(
+    own_shard: Path, use: str
+) -> None:
+    # The tokenizer's end of document is 2.
+    shard = [f"train_data_path=[{own_shard}]", "vocab_size=512", "seq_length=4"]
+    check_training_data(tiny(*shard, use))
+    check_training_data(tiny(*shard, "eod_token=1"))
+    with pytest.raises(DataError, match=r"eod_token is 1, but .* end with 2; set data.eod_token=2"):
+        check_training_data(tiny(*shard, use, "eod_token=1"))
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".idx"])

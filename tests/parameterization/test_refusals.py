@@ -8,9 +8,9 @@ import pytest
 
 from megatron_mup.config_io import config_from_dict
 from megatron_mup.errors import ParameterizationError
+from megatron_mup.parameterization.evaluation import group_weight_decay
 from megatron_mup.parameterization.options import DecayMask, DecayMode, OptimizerNumbers
 from megatron_mup.parameterization.roles import Part, by_parameter, logical_tensors
-from megatron_mup.parameterization.rules import group_weight_decay
 from tests.configurations import TINY
 from tests.parameterization.table_rows import rows_by_role, wide
 
