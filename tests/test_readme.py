@@ -108,6 +108,8 @@ def test_every_command_of_the_readme_runs(folder_with_text: Path) -> None:
     assert (folder_with_text / "quickstart" / "quickstart.png").read_bytes()[:4] == b"\x89PNG"
     trained = [text for line, text in outputs.items() if "first_run" in line and "train" in line]
     finals = [re.findall(r"lm loss validation (\d\.\d+)", text)[-1] for text in trained]
-    # One process and two tensor-parallel ranks print the same held-out loss.
-    assert len(finals) == 2
-    assert float(finals[0]) == pytest.approx(float(finals[1]), abs=2e-4)
+    # One process, two tensor-parallel ranks and a watched run print the same held-out loss.
+    assert len(finals) == 3
+    assert [float(final) for final in finals] == pytest.approx([float(finals[0])] * 3, abs=2e-4)
+    plot = next(text for line, text in outputs.items() if line.startswith("megatron-mup plot"))
+    assert "dynamics.png" in plot

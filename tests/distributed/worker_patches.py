@@ -91,10 +91,10 @@ def _small_buckets() -> AbstractContextManager[Any]:
 def _fan_in_of_the_shard() -> AbstractContextManager[Any]:
     fill = initialization._fill
 
-    def mutated(view: Tensor, row: Any, *, seed: int, shard: Any) -> None:
+    def mutated(view: Tensor, row: Any, shape: Any, *, seed: int, shard: Any) -> None:
         if row.tensor.partition_axis == 1:
             row = replace(row, init_std=row.init_std * math.sqrt(shard.size))
-        fill(view, row, seed=seed, shard=shard)
+        fill(view, row, shape, seed=seed, shard=shard)
 
     return patch.object(initialization, "_fill", mutated)
 

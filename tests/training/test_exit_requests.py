@@ -36,6 +36,15 @@ def test_handlers_from_before_are_back_afterwards() -> None:
 
 
 def test_the_second_interrupt_is_the_usual_one() -> None:
+    # A shell starts background jobs with interrupts ignored; that is inherited.
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        _interrupt_twice()
+    finally:
+        signal.signal(signal.SIGINT, inherited)
+
+
+def _interrupt_twice() -> None:
     with ExitRequests() as requests:
         # A signal that is sent to the process may wait for one of its other threads.
         signal.raise_signal(signal.SIGINT)
