@@ -170,7 +170,7 @@ def draw(curves: Curves, path: Path) -> None:
     for axis, (quantity, title) in zip(axes.flat, _PANELS, strict=False):
         _panel(axis, quantity, curves, colors)
         axis.set_title(title, fontsize=10)
-    for axis in axes.flat[3:-1]:
+    for axis in axes.flat[:-1]:
         axis.tick_params(axis="x", labelbottom=True)
         axis.set_xlabel("iteration")
     axes.flat[-1].axis("off")
@@ -191,8 +191,9 @@ def _panel(axis: Any, quantity: Quantity, curves: Curves, colors: Mapping[str, A
     for index, (role, color) in enumerate(colors.items()):
         points = curves.means.get(f"{quantity}/{role}", [])
         # Roles often share a decay: of curves that coincide, later ones are drawn thinner.
-        stacked = quantity is Quantity.EFFECTIVE_DECAY
-        width = 1.5 + 0.8 * (len(colors) - 1 - index) * stacked
+        later = list(colors)[index + 1 :]
+        hidden_by = sum(curves.means.get(f"{quantity}/{other}") == points for other in later)
+        width = 1.5 + 0.8 * hidden_by
         _curve(axis, points, label=role, color=color, lw=width)
         if quantity is Quantity.RELATIVE_UPDATE:
             decay = curves.means.get(f"{Quantity.EFFECTIVE_DECAY}/{role}", [])
