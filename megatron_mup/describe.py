@@ -38,7 +38,7 @@ def describe_json(table: ParameterTable) -> str:
     return json.dumps(table.to_json(), indent=1)
 
 
-def describe_text(table: ParameterTable, *, width: int | None = None) -> str:
+def describe_text(table: ParameterTable) -> str:
     """The table for people, as narrow as it goes without losing a number.
 
     Layers with equal numbers are folded into one row, a column with one value goes below the
@@ -61,7 +61,7 @@ def describe_text(table: ParameterTable, *, width: int | None = None) -> str:
     for row in rows:
         cells = [*row[:_SOURCE], f"[{sources.index(row[_SOURCE]) + 1}]"]
         grid.add_row(*(escape(cells[i]) for i in shown))
-    console = Console(width=width or max(MIN_WIDTH, _natural_width(grid)), highlight=False)
+    console = Console(width=max(MIN_WIDTH, _natural_width(grid)), highlight=False)
     with console.capture() as capture:
         console.print(grid)
         if equal:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_mup.errors import ConfigError
-from megatron_mup.parameterization.presets import HEAD_DIM, PRESETS, preset_settings
+from megatron_mup.parameterization.presets import PRESETS, preset_settings
 
 _FOOT = (
     "Each is a change to the baseline of arXiv:2404.05728, version 6; lingle_v1/NAME is its first "
@@ -60,12 +60,7 @@ def as_yaml(name: str, *, width: int | None, head_dim: int | None, base_width: i
     """
     if width is None:
         raise ConfigError(f"preset {name} needs --width M, the hidden size")
-    sections = preset_settings(
-        name,
-        width=width,
-        head_dim=HEAD_DIM if head_dim is None else head_dim,
-        base_width=base_width,
-    )
+    sections = preset_settings(name, width=width, head_dim=head_dim, base_width=base_width)
     given = {"width": width, "head-dim": head_dim, "base-width": base_width}
     flags = [f"--{flag} {size}" for flag, size in given.items() if size is not None]
     lines = [f"# megatron-mup presets {name} {' '.join(flags)}"]

@@ -14,7 +14,7 @@ from typing import Any
 from megatron_mup.config import RunConfig
 from megatron_mup.config_io import config_from_dict, qualified, read_sections
 from megatron_mup.errors import ConfigError
-from megatron_mup.parameterization.presets import HEAD_DIM, preset_settings
+from megatron_mup.parameterization.presets import preset_settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +71,7 @@ class RunSource:
             return preset_settings(
                 self.preset,
                 width=self.width,
-                head_dim=HEAD_DIM if self.head_dim is None else self.head_dim,
+                head_dim=self.head_dim,
                 base_width=self.base_width,
             )
         given = {"width": self.width, "head-dim": self.head_dim, "base-width": self.base_width}

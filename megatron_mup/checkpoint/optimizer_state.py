@@ -26,12 +26,11 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedBase
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
 from torch import Tensor
 
 from megatron_mup import platform
 from megatron_mup.errors import CheckpointError
+from megatron_mup.optimizer.main_weights import main_weights, single_optimizers
 from megatron_mup.training.state import TrainState
 
 STEP, TENSORS = "step", "tensors"
@@ -117,19 +116,8 @@ def load_optimizer_tree(state: TrainState, loaded: Mapping[str, Any]) -> None:
                     # A box was read in place; what a factory cut was put together elsewhere.
                     if target.data_ptr() != value.data_ptr():
                         target.copy_(value.reshape(-1))
-    for part, _ in _parts(state.optimizer):
+    for part, _ in single_optimizers(state.optimizer):
         _set_step(part.optimizer, step)
-
-
-def _parts(optimizer: Any, *, alone: bool = False) -> Iterator[tuple[Any, bool]]:
-    """Megatron's single optimizers, and whether each rank holds parameters of its own."""
-    alone = alone or isinstance(optimizer, LayerWiseDistributedOptimizer | DistributedOptimizer)
-    if hasattr(optimizer, "chained_optimizers"):
-        for part in optimizer.chained_optimizers:
-            yield from _parts(part, alone=alone)
-    # A rank without trainable parameters has no inner optimizer.
-    elif optimizer.optimizer is not None:
-        yield optimizer, alone
 
 
 def _holdings(state: TrainState) -> Iterator[_Holding]:
@@ -139,32 +127,13 @@ def _holdings(state: TrainState) -> Iterator[_Holding]:
         for index, chunk in enumerate(state.model_chunks)
         for name, parameter in chunk.named_parameters()
     }
-    # A bf16 parameter knows its fp32 copy; an fp32 one is its own.
-    originals = {
-        id(getattr(parameter, "main_param", parameter)): parameter
-        for chunk in state.model_chunks
-        for parameter in chunk.parameters()
-    }
-    for part, alone in _parts(state.optimizer):
+    for part, alone in single_optimizers(state.optimizer):
         _make_moments(part)
-        held: list[tuple[Tensor, Tensor, int | None]]
-        if isinstance(part, DistributedOptimizer):
-            held = list(_ranges(part))
-        else:
-            held = [(originals[id(main)], main, None) for main in part.get_parameters()]
-        for parameter, main, start in held:
+        for parameter, main, start, _group in main_weights(part, state.model_chunks):
             tensors = {k: v for k, v in part.optimizer.state[main].items() if k != STEP}
             if parameter.dtype != torch.float32:
                 tensors[_MAIN] = main
             yield _Holding(names[id(parameter)], parameter, tensors, start, alone)
-
-
-def _ranges(part: DistributedOptimizer) -> Iterator[tuple[Tensor, Tensor, int]]:
-    """Parameter, this rank's flat part of its main weights, and where that part starts."""
-    for parameter, (buffer, dtype, bucket) in part.model_param_gbuf_map.items():
-        share = part.gbuf_ranges[buffer][dtype][bucket]["param_map"][parameter]["param"]
-        group, order = part.model_param_group_index_map[parameter]
-        yield parameter, part.optimizer.param_groups[group]["params"][order], share.start
 
 
 def _make_moments(part: Any) -> None:
@@ -180,7 +149,7 @@ def _make_moments(part: Any) -> None:
 def _common_step(state: TrainState) -> int:
     """Updates taken, the same on all ranks; ranks (and Lion, and Muon) may not count them."""
     steps = [0.0]
-    for part, _ in _parts(state.optimizer):
+    for part, _ in single_optimizers(state.optimizer):
         steps += [float(moments.get(STEP, 0)) for moments in part.optimizer.state.values()]
         # The fused Adam of TransformerEngine and apex counts in its groups.
         steps += [float(group.get(STEP, 0)) for group in part.optimizer.param_groups]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from megatron_mup.config.checks import require
 from megatron_mup.config.choices import ExtraWarmup, OptimizerName
@@ -118,12 +119,13 @@ class RunConfig:
         """Iterations that data is shuffled for: the run's, or the schedule's if that is longer."""
         return max(self.training.train_iters, self.decay_iters)
 
-    @property
+    # Cached: the sections are frozen, and the loop asks in every step and log line.
+    @cached_property
     def table(self) -> ParameterTable:
         """The resolved parameter table of this run."""
         return resolve(self.model.shape, self.parameterization, self.optimizer_numbers)
 
-    @property
+    @cached_property
     def optimizer_numbers(self) -> OptimizerNumbers:
         """The optimizer's scalars for this run's batch and length; what the rules start from."""
         batch_tokens = self.training.global_batch_size * self.model.seq_length

@@ -24,7 +24,7 @@ from megatron_mup.errors import ConfigError
 from megatron_mup.model.layer_specs import check_implementation
 from megatron_mup.training.batches import Batch, micro_batches
 from megatron_mup.training.processes import Launch, check_layout, is_log_rank, parallel_processes
-from megatron_mup.training.state import TrainState, build_state
+from megatron_mup.training.state import TrainState, build_state, release_chunks
 from megatron_mup.training.step import evaluate_batches, train_step
 
 Print = Callable[[str], None]
@@ -186,8 +186,7 @@ def _measure_run(run: RunConfig, samples: Samples, steps: int) -> list[Coordinat
         train_step(state, iter(batches), len(batches))
         found += _probe(state, recorder, samples)
     # The groups outlive this run, and with them what is to be released when they are left.
-    for chunk in state.wrapped_chunks:
-        vars(chunk).clear()
+    release_chunks(state.wrapped_chunks)
     state.wrapped_chunks.clear()
     del state, recorder
     gc.collect()

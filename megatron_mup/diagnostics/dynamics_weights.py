@@ -1,23 +1,19 @@
 """The fp32 weights that an optimizer updates, around one update, whoever holds which part.
 
-A plain optimizer holds every tensor on each data-parallel rank, the distributed one a flat range
-of it, the layer-wise one whole matrices on one rank. Copies are made of what this rank holds and
-put together one tensor at a time. bf16 weights are not looked at: most updates are smaller than
-their rounding. Changes nothing.
+Copies are made of what this rank holds and put together one tensor at a time. bf16 weights are not
+looked at: most updates are smaller than their rounding. Changes nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
+from megatron_mup.optimizer.main_weights import main_weights, single_optimizers
 from megatron_mup.training.state import TrainState
 
 
@@ -48,8 +44,14 @@ class WeightUpdate:
     def __init__(self, state: TrainState) -> None:
         self._sharded = state.run.parallel.use_distributed_optimizer
         self._held = {
-            id(parameter): _Held(main, start, main.detach().clone().view(-1), decay)
-            for parameter, main, start, decay in _main_weights(state)
+            id(parameter): _Held(
+                main,
+                start or 0,
+                main.detach().clone().view(-1),
+                group["lr"] * group["weight_decay"],
+            )
+            for part, _ in single_optimizers(state.optimizer)
+            for parameter, main, start, group in main_weights(part, state.model_chunks)
         }
 
     def decay(self, parameter: Tensor) -> float | None:
@@ -84,39 +86,3 @@ class WeightUpdate:
             both, group=parallel_state.get_data_parallel_group(with_context_parallel=True)
         )
         return both[0].view(parameter.shape), both[1].view(parameter.shape)
-
-
-def _main_weights(state: TrainState) -> Iterator[tuple[Tensor, Tensor, int, float]]:
-    """Parameter, what this rank holds of its main weights, where that starts, and its decay."""
-    # A bf16 parameter of a plain optimizer knows its fp32 copy; an fp32 one is its own.
-    originals = {
-        id(getattr(parameter, "main_param", parameter)): parameter
-        for chunk in state.model_chunks
-        for parameter in chunk.parameters()
-    }
-    for part in _parts(state.optimizer):
-        groups = part.optimizer.param_groups
-        if isinstance(part, DistributedOptimizer):
-            for parameter, (buffer, dtype, bucket) in part.model_param_gbuf_map.items():
-                share = part.gbuf_ranges[buffer][dtype][bucket]["param_map"][parameter]["param"]
-                number, order = part.model_param_group_index_map[parameter]
-                group = groups[number]
-                yield parameter, group["params"][order], share.start, _decay(group)
-        else:
-            for group in groups:
-                for main in group["params"]:
-                    yield originals[id(main)], main, 0, _decay(group)
-
-
-def _decay(group: dict[str, Any]) -> float:
-    return float(group["lr"] * group["weight_decay"])
-
-
-def _parts(optimizer: Any) -> Iterator[Any]:
-    """Megatron's single optimizers inside of a chain."""
-    if hasattr(optimizer, "chained_optimizers"):
-        for part in optimizer.chained_optimizers:
-            yield from _parts(part)
-    # A rank without trainable parameters has no inner optimizer.
-    elif optimizer.optimizer is not None:
-        yield optimizer

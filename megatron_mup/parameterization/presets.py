@@ -57,6 +57,7 @@ _BODY: Options = {
     # L divides ffn_out by the width's ratio whatever F is.
     "parameterization.ffn_out_lr_ratio": "width",
     "optimizer.lr": OPTIMUM,
+    "optimizer.adam_beta1": 0.9,
     "optimizer.weight_decay": 0.0,
     "optimizer.weight_decay_mode": "coupled",
     "optimizer.weight_decay_mask": "all",
@@ -114,13 +115,11 @@ _SLOW_BETAS: Options = {"optimizer.adam_beta2": 0.98, "optimizer.adam_eps": 1e-9
 _VERSIONS: dict[str, Options] = {
     "lingle_v6": {
         "model.norm_epsilon": 1e-5,
-        "optimizer.adam_beta1": 0.9,
         "optimizer.adam_beta2": 0.95,
         "optimizer.adam_eps": 1e-8,
     },
     "lingle_v1": {
         "model.norm_epsilon": 1e-6,
-        "optimizer.adam_beta1": 0.9,
         "optimizer.adam_beta2": 0.98,
         "optimizer.adam_eps": 1e-9,
     },
@@ -351,14 +350,14 @@ def _find(name: str) -> tuple[str, str]:
 
 
 def preset_settings(
-    name: str, *, width: int, head_dim: int = HEAD_DIM, base_width: int | None = None
+    name: str, *, width: int, head_dim: int | None = None, base_width: int | None = None
 ) -> dict[str, dict[str, Any]]:
     """Configuration sections of a preset, as plain data.
 
     Args:
         name: one of ``preset_names()``.
         width: M, a multiple of ``head_dim``.
-        head_dim: D; smaller than L's 128 for models of a CPU's size, with the same rules.
+        head_dim: D; unset means L's 128, a smaller one makes models of a CPU's size.
         base_width: P; unset means one head, as in L.
 
     Returns:
@@ -368,6 +367,7 @@ def preset_settings(
         ConfigError: unknown name, or a width that is no multiple of the head dim.
     """
     version, experiment = _find(name)
+    head_dim = HEAD_DIM if head_dim is None else head_dim
     base = head_dim if base_width is None else base_width
     for flag, size in (("width", width), ("base-width", base)):
         if size < 1 or head_dim < 1 or size % head_dim:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from megatron_mup.parameterization.evaluation import Multipliers, Rules
+from megatron_mup.parameterization.evaluation import Multipliers, Rules, TensorRule
 from megatron_mup.parameterization.options import OptimizerNumbers, ParameterizationConfig
 from megatron_mup.parameterization.roles import (
     LogicalTensor,
@@ -43,7 +43,7 @@ NUMBER_KEYS = tuple(key for key in JSON_KEYS if key != "source")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TableRow:
+class TableRow(TensorRule):
     """One logical parameter with every number that the rules give it.
 
     ``weight_decay`` is the group's value, which the LR multiplies; ``lr`` is the peak.
@@ -51,13 +51,6 @@ class TableRow:
     """
 
     tensor: LogicalTensor
-    base_fan_in: float
-    init_std: float
-    lr: float
-    weight_decay: float
-    eps: float | None
-    forward_mult: float
-    width_ratio: float
     source: str
 
     @property
@@ -125,25 +118,12 @@ def resolve(
     Raises:
         ParameterizationError: no base shape under muP, or a combination without a rule.
     """
-    # Cheap and pure: every reader resolves anew instead of keeping a copy that could go stale.
     rules = Rules(shape, config, optimizer)
-    rows = []
-    for tensor in logical_tensors(shape):
-        values = rules.evaluate(tensor)
-        rows.append(
-            TableRow(
-                tensor=tensor,
-                base_fan_in=values.base_fan_in,
-                init_std=values.init_std,
-                lr=values.lr,
-                weight_decay=values.weight_decay,
-                eps=values.eps,
-                forward_mult=values.forward_mult,
-                width_ratio=values.width_ratio,
-                source=row_source(rules, tensor),
-            )
-        )
-    return ParameterTable(rows=tuple(rows), multipliers=rules.multipliers)
+    rows = tuple(
+        TableRow(tensor=tensor, source=row_source(rules, tensor), **vars(rules.evaluate(tensor)))
+        for tensor in logical_tensors(shape)
+    )
+    return ParameterTable(rows=rows, multipliers=rules.multipliers)
 
 
 def difference(

@@ -331,17 +331,17 @@ class _Loop:
             tools.echo(f"stopping at iteration {self.state.iteration}: {result.stopped.words}")
         saves = result.stopped is None or result.stopped.saves
         # Before the evaluation, which may be long, so that nothing in it can cost the last steps.
-        if saves and not result.diverged and self.state.iteration > result.iteration:
-            self._save()
-            if tools.saver is not None:
-                tools.saver.wait()
-        if result.stopped is None and not result.diverged:
-            self._evaluate()
         if tools.saver is not None and saves:
+            if not result.diverged and self.state.iteration > result.iteration:
+                self._save()
             tools.saver.wait()
             result.save_failed = tools.saver.failed
-            if tools.exits.agreed(lease_lost=self._lease_lost()) is ExitReason.LEASE_LOST:
-                result.stopped = ExitReason.LEASE_LOST
+        if result.stopped is None and not result.diverged:
+            self._evaluate()
+        # Asked once more: another job may have come while the last checkpoint was written.
+        asks = tools.saver is not None and saves
+        if asks and tools.exits.agreed(lease_lost=self._lease_lost()) is ExitReason.LEASE_LOST:
+            result.stopped = ExitReason.LEASE_LOST
         self._report_end()
 
     def _lease_lost(self) -> bool:

@@ -41,11 +41,12 @@ def learning_rates(
     Returns:
         ``learning-rate/<role>`` -> s(t) x the role's peak.
     """
-    rates = {role: factor * row.lr for role, row in rows_by_role(run.table).items()}
-    if extra is not None:
-        for role, row in rows_by_role(run.table).items():
-            rates[role] *= extra(warmup_ratio(run, row), row.decay_per_step)
-    return {f"learning-rate/{role}": rate for role, rate in rates.items()}
+    return {
+        f"learning-rate/{role}": factor
+        * row.lr
+        * (1.0 if extra is None else extra(warmup_ratio(run, row), row.decay_per_step))
+        for role, row in rows_by_role(run.table).items()
+    }
 
 
 def decay_timescales(run: RunConfig) -> dict[str, float]:

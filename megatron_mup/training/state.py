@@ -61,7 +61,7 @@ def build_state(run: RunConfig) -> TrainState:
     chunks = [build_model(run, table, chunk=chunk) for chunk in range(run.parallel.model_chunks)]
     wrapped = [_wrap(run, chunk, first=index == 0) for index, chunk in enumerate(chunks)]
     optimizer = build_optimizer(run, table, model_chunks=chunks, wrapped_chunks=wrapped)
-    when_left(partial(_release, wrapped))
+    when_left(partial(release_chunks, wrapped))
     # The schedules read these from the first chunk's configuration.
     config: Any = chunks[0].config
     config.no_sync_func = _one_or_list([chunk.no_sync for chunk in wrapped])
@@ -73,8 +73,8 @@ def build_state(run: RunConfig) -> TrainState:
     return TrainState(run, table, chunks, wrapped, optimizer, UpdateGuard(optimizer))
 
 
-def _release(wrapped: list[Any]) -> None:
-    """Let a finished run's memory and groups go.
+def release_chunks(wrapped: list[Any]) -> None:
+    """Let a finished run's memory and groups go; happens by itself when its processes are left.
 
     With the fp32 distributed optimizer (0.19.2) parameter, gradient hook, DDP and optimizer hold
     each other through autograd's C++ nodes, which Python's collector does not see.

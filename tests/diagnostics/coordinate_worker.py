@@ -7,12 +7,7 @@ Started as ``python -m tests.diagnostics.coordinate_worker JOB RANK``.
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
-from typing import Any
-
-import torch.distributed as dist
 
 from megatron_mup.diagnostics.coordinate_check import CheckRequest, run_check
 from megatron_mup.diagnostics.coordinate_report import coordinates_csv
@@ -21,6 +16,7 @@ from megatron_mup.diagnostics.widths import runs_at_widths
 from megatron_mup.errors import DataError
 from megatron_mup.run_source import RunSource
 from megatron_mup.training.processes import Launch
+from tests.distributed.ranks import joined
 
 
 def measured(options: list[str], launch: Launch) -> list[Coordinate]:
@@ -42,21 +38,17 @@ def refusal(out: Path, launch: Launch) -> str:
     return ""
 
 
-def main(path: str, rank: int) -> None:
+def main() -> None:
     """Measure every layout of the job inside one process group."""
-    job: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
-    launch = Launch(rank, job["world_size"], rank, "127.0.0.1", job["port"])
-    address = f"tcp://127.0.0.1:{job['port']}"
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=job["world_size"])
-    output = Path(job["output"])
-    blocked = output / "job.json" / "out"
-    text = refusal(blocked if rank == 0 else output / "elsewhere", launch)
-    (output / f"refusal {rank}").write_text(text, encoding="utf-8")
-    for name, options in job["layouts"].items():
-        text = coordinates_csv(measured(options, launch))
-        (output / f"{name} {rank}.csv").write_text(text, encoding="utf-8")
-    dist.destroy_process_group()
+    with joined() as (job, launch):
+        output = Path(job["output"])
+        blocked = output / "job.json" / "out"
+        text = refusal(blocked if launch.rank == 0 else output / "elsewhere", launch)
+        (output / f"refusal {launch.rank}").write_text(text, encoding="utf-8")
+        for name, options in job["layouts"].items():
+            text = coordinates_csv(measured(options, launch))
+            (output / f"{name} {launch.rank}.csv").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main()

@@ -13,14 +13,12 @@ import torch
 from torch import Tensor
 
 from megatron_mup.config import RunConfig
-from megatron_mup.model.initialization import part_view
-from megatron_mup.model.naming import canonical_names
-from megatron_mup.parameterization.roles import by_parameter, logical_tensors
 from megatron_mup.training.processes import Launch, parallel_processes
 from megatron_mup.training.state import TrainState, build_state
 from megatron_mup.training.step import train_step
 from tests.reference.descent import Trajectory, draw_weights, inputs_and_mask
 from tests.reference.rules import Study
+from tests.training.trajectories import logical_views
 
 _OUTSIDE_LAYERS = {
     "w_e": "embedding.word_embeddings.weight",
@@ -74,18 +72,8 @@ def by_logical_name(
     return found
 
 
-def _views(state: TrainState) -> Iterator[tuple[str, Tensor]]:
-    """Logical name and a view of the live weights of every trainable tensor."""
-    shape, model = state.run.model.shape, state.model_chunks[0]
-    tensors = by_parameter(logical_tensors(shape))
-    parameters = dict(model.named_parameters())
-    for local, name in canonical_names(model).items():
-        for tensor in tensors[name]:
-            yield tensor.name, part_view(parameters[local].data, tensor.part, shape)
-
-
 def _load(state: TrainState, weights: Mapping[str, tuple[str, np.ndarray]]) -> None:
-    views = dict(_views(state))
+    views = {tensor.name: view for tensor, view in logical_views(state)}
     assert views.keys() == weights.keys()
     for name, view in views.items():
         view.copy_(torch.from_numpy(weights[name][1].copy()).reshape(view.shape))
@@ -119,8 +107,8 @@ def package_trajectory(run: RunConfig, study: Study, targets: np.ndarray) -> Tra
             result.gradient_loss.append(total / targets_BT.size)
             result.gradient_norm.append(report.grad_norm)
         squares: dict[str, float] = {}
-        for name, view in _views(state):
-            tensor = weights[name][0]
-            squares[tensor] = squares.get(tensor, 0.0) + view.double().square().sum().item()
-    result.final_norm = {tensor: square**0.5 for tensor, square in squares.items()}
+        for tensor, view in logical_views(state):
+            name = weights[tensor.name][0]
+            squares[name] = squares.get(name, 0.0) + view.double().square().sum().item()
+    result.final_norm = {name: square**0.5 for name, square in squares.items()}
     return result
