@@ -27,8 +27,9 @@ from megatron_mup.config import (
     RunConfig,
     TransformerImpl,
 )
-from megatron_mup.data.checks import check_epochs, check_training_data
-from megatron_mup.data.datasets import parse_blend
+from megatron_mup.data.blend import parse_blend, train_paths, valid_paths
+from megatron_mup.data.checks import check_epochs, check_training_data, repetition_warning
+from megatron_mup.data.shard_sets import expand
 from megatron_mup.errors import ConfigError, ParameterizationError
 from megatron_mup.memory import ChunkContents, Memory, rank_memory
 from megatron_mup.model.gpt import construct, transformer_config
@@ -257,13 +258,13 @@ def _check_against_table(built: Sequence[_Counts], table: ParameterTable) -> Non
 
 
 def _check_data(run: RunConfig) -> tuple[str, ...]:
-    """Check the shards that are on this machine; a line for each of all.
+    """Check the shards that are on this machine; a line for each shard or set of all.
 
     Raises:
         DataError: no shard is configured, or one that is here does not fit.
     """
-    train, _ = parse_blend(run.data.train_data_path)
-    valid, _ = parse_blend(run.data.valid_data_path) if run.training.eval_iters else ([], None)
+    train, _ = parse_blend(train_paths(run))
+    valid, _ = parse_blend(valid_paths(run)) if run.training.eval_iters else ([], None)
     here = {prefix for prefix in [*train, *valid] if _is_here(prefix)}
     missing = not train or (run.training.eval_iters > 0 and not valid)
     present_train = [prefix for prefix in train if prefix in here]
@@ -271,7 +272,11 @@ def _check_data(run: RunConfig) -> tuple[str, ...]:
     if missing or present_train or present_valid:
         # Shards of another machine are left out; held-out ones take the same checks.
         shards = present_train + present_valid
-        checked = run.data if missing else dataclasses.replace(run.data, train_data_path=shards)
+        checked = run.data
+        if not missing:
+            checked = dataclasses.replace(
+                run.data, train_data_path=shards, per_split_data_args_path=None
+            )
         training = run.training if missing else dataclasses.replace(run.training, eval_iters=0)
         check_training_data(dataclasses.replace(run, data=checked, training=training))
     epochs = {}
@@ -282,8 +287,13 @@ def _check_data(run: RunConfig) -> tuple[str, ...]:
         state = "whole, fits the model" if prefix in here else "not on this machine, not checked"
         read = f", read {epochs[prefix]:.2f} times" if prefix in epochs else ""
         lines.append(f"{prefix}: {state}{read}")
-    return tuple(lines)
+    warning = repetition_warning(epochs)
+    return tuple(lines) if warning is None else (*lines, warning)
 
 
 def _is_here(prefix: str) -> bool:
-    return Path(f"{prefix}.idx").exists() or Path(f"{prefix}.bin").exists()
+    return any(
+        Path(f"{shard}{suffix}").exists()
+        for shard in expand(Path(prefix))
+        for suffix in (".idx", ".bin")
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -135,12 +136,29 @@ def test_shards_of_this_machine_are_checked_and_others_named(tmp_path: Path) -> 
         f"{tmp_path}/gone: not on this machine, not checked",
     )
     # 24 sequences of 16 tokens, of a shard of 40.
-    assert dry_run(tiny(f"train_data_path=[{here}]")).data == (
-        f"{here}: whole, fits the model, read 9.60 times",
-    )
+    state, warning = dry_run(tiny(f"train_data_path=[{here}]")).data
+    assert state == f"{here}: whole, fits the model, read 9.60 times"
+    assert warning.startswith(f"warning: training repeats its data: '{here}' 9.6 times;")
     here.with_suffix(".bin").write_bytes(b"cut")
     with pytest.raises(DataError, match=r"here\.bin"):
         dry_run(run)
+
+
+def test_a_set_and_a_blend_file_are_checked_as_one(tmp_path: Path) -> None:
+    for number in range(2):
+        shard(tmp_path, f"set-0000{number}-of-00002", tokens=400)
+    file = tmp_path / "blend.json"
+    file.write_text(json.dumps({"train": ["1", f"{tmp_path}/set", "1", f"{tmp_path}/gone"]}))
+    assert dry_run(tiny(f"per_split_data_args_path={file}")).data == (
+        f"{tmp_path}/set: whole, fits the model",
+        f"{tmp_path}/gone: not on this machine, not checked",
+    )
+    # 24 sequences of 16 tokens, of 800.
+    line = f"{tmp_path}/set: whole, fits the model, read 0.48 times"
+    assert dry_run(tiny(f"train_data_path=[{tmp_path}/set]")).data == (line,)
+    (tmp_path / "set-00001-of-00002.idx").unlink()
+    with pytest.raises(DataError, match="has 1 of 2 shards"):
+        dry_run(tiny(f"train_data_path=[{tmp_path}/set]"))
 
 
 def test_a_bad_held_out_shard_is_refused_and_missing_data_named(tmp_path: Path) -> None:

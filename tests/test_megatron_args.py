@@ -322,6 +322,11 @@ def test_what_is_not_given_gets_megatrons_default_and_not_ours():
             "data",
             {"train_data_path": ["0.3", "a", "0.7", "b"], "valid_data_path": ["c"]},
         ),
+        (
+            "--per-split-data-args-path blend.json",
+            "data",
+            {"per_split_data_args_path": "blend.json"},
+        ),
         ("--finetune --load ck", "checkpoint", {"finetune": True, "load": "ck"}),
     ],
 )
@@ -420,6 +425,8 @@ def test_ratio_to_an_unknown_rate_is_listed_instead_of_guessed():
         ("--lr-decay-iters 5 --lr-decay-samples 9", "both given"),
         ("--lr-warmup-iters 5 --lr-warmup-fraction 0.1", "give one"),
         ("--data-path a --train-data-path b", "both given"),
+        ("--data-path a --per-split-data-args-path b", "--per-split-data-args-path excludes"),
+        ("--valid-data-path a --per-split-data-args-path b", "--per-split-data-args-path excludes"),
         ("--lr 1e-3 --min-lr 1e-2", "--min-lr 0.01 is not between 0 and --lr 0.001"),
         ("--use-mup", "--use-mup needs --hidden-size"),
         (MUP + "--mup-base-hidden-size 0", "a positive --mup-base-hidden-size"),

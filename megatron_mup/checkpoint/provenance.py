@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mup.config import RunConfig
-from megatron_mup.data.datasets import parse_blend
+from megatron_mup.data.blend import expand_blend, parse_blend, train_paths
 from megatron_mup.data.shards import open_shard
 from megatron_mup.revision import revision
 
@@ -54,7 +54,7 @@ def data_identity(run: RunConfig) -> dict[str, Any] | None:
     Raises:
         DataError: a shard is missing or damaged.
     """
-    prefixes, weights = parse_blend(run.data.train_data_path)
+    prefixes, weights = expand_blend(parse_blend(train_paths(run)))
     if not prefixes:
         return None
     shards, tokenizers = [], set()

@@ -88,10 +88,13 @@ class DataConfig:
     """Token shards, named by their prefix (``.bin`` and ``.idx`` are added)."""
 
     train_data_path: list[str] = field(default_factory=list)
-    """Prefixes of the training shards, or Megatron's blend: weight, prefix, weight, prefix."""
+    """Prefixes of shards or shard sets, or Megatron's blend: weight, prefix, weight, prefix."""
 
     valid_data_path: list[str] = field(default_factory=list)
     """Prefixes of the held-out shards; may be empty when training.eval_iters is 0."""
+
+    per_split_data_args_path: str | None = None
+    """Blend file with both, as `data blend` writes it, in place of the two options."""
 
     data_cache_path: str | None = None
     """Folder for Megatron's dataset index; unset means beside the first training shard."""
@@ -114,6 +117,13 @@ class DataConfig:
     def __post_init__(self) -> None:
         """Check values; raises ConfigError."""
         require(self.eod_token >= 0, f"data.eod_token is {self.eod_token}; it must not be negative")
+        require(
+            self.per_split_data_args_path is None
+            or not (self.train_data_path or self.valid_data_path),
+            f"data.per_split_data_args_path is {self.per_split_data_args_path}, and "
+            "train_data_path or valid_data_path is given as well; give the file or the paths "
+            "(data.train_data_path=[] data.valid_data_path=[] take a configuration's back)",
+        )
         document = self.sample_layout is SampleLayout.DOCUMENT
         require(
             self.bos_token is None or (document and self.bos_token >= 0),

@@ -12,6 +12,7 @@ import contextlib
 import fcntl
 import logging
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -57,6 +58,9 @@ def check_cache(folder: Path, *, remove_cut: bool) -> None:
             whole = _is_whole(path)
         # A malformed header can raise anything, up to RecursionError.
         except Exception as error:
+            # The rank that builds takes cut files away while the others look.
+            if not os.path.lexists(path):
+                continue
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise DataError(
                 f"{path}: not an index that Megatron wrote ({reason}), and reading it could run "

@@ -6,7 +6,6 @@ tokens. Its sample order depends on the seed and the shards, not on the layout o
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +16,17 @@ from torch import Tensor
 
 from megatron_mup import platform
 from megatron_mup.config import RunConfig, SampleLayout
+from megatron_mup.data.blend import (
+    Blend,
+    expand_blend,
+    parse_blend,
+    prefixes_without_weights,
+    train_paths,
+    valid_paths,
+)
 from megatron_mup.data.cache_safety import guarded_cache
 from megatron_mup.data.padded_documents import PaddedDocuments
-from megatron_mup.data.shards import open_shard
-from megatron_mup.errors import DataError
-
-Blend = tuple[list[str], list[float] | None]
+from megatron_mup.data.shards import file_sha256, open_shard
 
 
 class Samples(Protocol):
@@ -62,16 +66,15 @@ class _ShardTokenizer:
 
 
 def _content_key(prefix: str) -> str:
-    """Digest of what decides a shard's samples; the .idx is hashed, the .bin's hash is looked up.
+    """Digest of what decides a shard's samples.
 
     Raises:
         DataError: the shard is missing or damaged.
     """
     manifest = open_shard(Path(prefix)).manifest
-    with Path(f"{prefix}.idx").open("rb") as stream:
-        layout = hashlib.file_digest(stream, "sha256").hexdigest()
-    # Document lengths alone decide an index; the .bin's hash shows in the cache's description which
-    # tokens it was made for.
+    # The .idx is hashed at every start, because document lengths alone decide an index; the .bin's
+    # hash shows in the cache's description which tokens it was made for.
+    layout = file_sha256(Path(f"{prefix}.idx"))
     return f"idx:{layout} bin:{manifest.bin_sha256 if manifest else 'no manifest'}"
 
 
@@ -80,34 +83,6 @@ def _shard_tokenizer(run: RunConfig, *blends: Blend) -> _ShardTokenizer:
     prefixes = [prefix for blend in blends for prefix in blend[0]]
     contents = tuple(_content_key(prefix) for prefix in prefixes)
     return _ShardTokenizer(run.model.vocab_size, run.data.eod_token, contents)
-
-
-def parse_blend(paths: Sequence[str]) -> Blend:
-    """Megatron's blend: prefixes, or alternating weight and prefix.
-
-    Raises:
-        DataError: weights and prefixes do not alternate, or a weight is not positive.
-    """
-    if len(paths) < 2 or not _is_number(paths[0]):
-        return list(paths), None
-    weights, prefixes = paths[0::2], paths[1::2]
-    if len(weights) != len(prefixes) or not all(_is_number(weight) for weight in weights):
-        raise DataError(
-            f"blend {list(paths)} does not alternate weight and prefix; write "
-            "[0.7, first_prefix, 0.3, second_prefix] or prefixes alone"
-        )
-    numbers = [float(weight) for weight in weights]
-    if min(numbers) <= 0:
-        raise DataError(f"blend weights {numbers} must be positive")
-    return list(prefixes), numbers
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 def build_datasets(
@@ -127,17 +102,17 @@ def build_datasets(
         DataError: a shard is missing or damaged, or the index cache holds what no index is.
     """
     if run.data.sample_layout is SampleLayout.DOCUMENT:
-        train_set = _documents(run, run.data.train_data_path, train_samples)
+        train_set = _documents(run, train_paths(run), train_samples)
         if not valid_samples:
             return train_set, None
-        return train_set, _documents(run, run.data.valid_data_path, valid_samples)
+        return train_set, _documents(run, valid_paths(run), valid_samples)
     return _packed_datasets(run, train_samples=train_samples, valid_samples=valid_samples)
 
 
 def _documents(run: RunConfig, paths: Sequence[str], samples: int) -> PaddedDocuments:
     data = run.data
     return PaddedDocuments(
-        prefixes_without_weights(paths),
+        expand_blend((prefixes_without_weights(paths), None))[0],
         seq_length=run.model.seq_length,
         eod=data.eod_token,
         bos=data.eod_token if data.bos_token is None else data.bos_token,
@@ -146,19 +121,17 @@ def _documents(run: RunConfig, paths: Sequence[str], samples: int) -> PaddedDocu
     )
 
 
-def prefixes_without_weights(paths: Sequence[str]) -> list[str]:
-    """The shards of ``sample_layout=document``, which reads each document equally often.
+def packed_blend(run: RunConfig, paths: Sequence[str]) -> Blend:
+    """The shards that Megatron blends, in order.
+
+    Args:
+        run: the run's configuration.
+        paths: a configured blend, which may name sets.
 
     Raises:
-        DataError: the paths carry weights.
+        DataError: the blend cannot be read, or a set has holes.
     """
-    prefixes, weights = parse_blend(paths)
-    if weights is not None:
-        raise DataError(
-            f"data.sample_layout=document reads every document equally often, but the blend "
-            f"{list(paths)} has weights; give the prefixes alone, or use sample_layout=packed"
-        )
-    return prefixes
+    return expand_blend(parse_blend(paths), more_than_tokens=run.model.seq_length)
 
 
 def _packed_datasets(
@@ -169,8 +142,8 @@ def _packed_datasets(
     from megatron.core.datasets import blended_megatron_dataset_builder as blending
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
-    train = parse_blend(run.data.train_data_path)
-    valid = parse_blend(run.data.valid_data_path) if valid_samples else None
+    train = packed_blend(run, train_paths(run))
+    valid = packed_blend(run, valid_paths(run)) if valid_samples else None
     cache = Path(run.data.data_cache_path or Path(train[0][0]).parent / "cache")
     config = GPTDatasetConfig(
         random_seed=run.training.seed,

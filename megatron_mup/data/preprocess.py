@@ -1,55 +1,63 @@
 """Preprocessing: documents -> token ids -> published shards.
 
-Owns the order of the work and the writing of shards (their format is in ``shards``). The corpus
-streams through: in memory are a few batches of documents and 4 bytes for each finished document.
-The output depends on the inputs, the tokenizer and the options, never on the number of workers.
+Owns the options and the order of the work: inputs are cut into units (``units``), worker processes
+tokenize them (``tokenization``, ``schedule``), and the finished units are assembled into shards
+(``assembly``). The output depends on the inputs, the tokenizer and the options, never on the number
+of workers or parts, on interruptions, or on the engine.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
-import json
-import multiprocessing
+import logging
 import os
-from array import array
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from megatron_mup.data.documents import (
-    Document,
-    check_fraction,
-    check_inputs,
-    is_held_out,
-    read_documents,
+from megatron_mup.data.assembly import AssemblyRequest, assemble
+from megatron_mup.data.batches import MAX_DOCUMENT_BYTES
+from megatron_mup.data.documents import check_fraction
+from megatron_mup.data.engines import REFERENCE, EngineOption, choose_engine
+from megatron_mup.data.inputs import STDIN, InputFile, InputFormat, find_inputs, fingerprint
+from megatron_mup.data.manifest import JobManifest
+from megatron_mup.data.parquet import check_column
+from megatron_mup.data.publication import check_writable
+from megatron_mup.data.schedule import (
+    Part,
+    Progress,
+    Tally,
+    Work,
+    check_complete,
+    finished_keys,
+    first_texts,
+    tokenize_units,
 )
-from megatron_mup.data.publication import (
-    check_writable,
-    sync_folder,
-    sync_stream,
-    temporary_name,
+from megatron_mup.data.shard_publication import (
+    begun_publication,
+    existing_outputs,
+    refuse_inputs_as_outputs,
 )
-from megatron_mup.data.shards import DTYPE_CODES, INDEX_HEADER, INDEX_MAGIC, ShardManifest
-from megatron_mup.data.tokenizer import Tokenizer, tokenizer_from_bytes
+from megatron_mup.data.shard_writer import token_dtype
+from megatron_mup.data.streams import DamagedInput
+from megatron_mup.data.tokenization import WorkSettings
+from megatron_mup.data.tokenizer import Tokenizer
+from megatron_mup.data.unit_files import read_facts, remove_unit
+from megatron_mup.data.units import choose_unit_bytes
+from megatron_mup.data.work_folder import WorkFolder
+from megatron_mup.data.worker_pool import start_early
 from megatron_mup.errors import DataError
 
-UINT16_VOCAB_LIMIT = 65500
-"""Vocabularies below it are stored as uint16, others as int32 (Megatron's DType.optimal_dtype)."""
+logger = logging.getLogger(__name__)
 
-SHARD_SUFFIXES = (".bin", ".json", ".idx")
-"""A shard's files in the order of their publication."""
-
-# Enough text to make up for sending it to another process, small enough for a bounded memory.
-_BATCH_DOCUMENTS = 64
-_BATCH_CHARACTERS = 1 << 20
+# A fast engine must agree with the reference on the first documents before it is used; 0.2 s of
+# the reference's time.
+_SAMPLE_DOCUMENTS = 1000
+_SAMPLE_CHARACTERS = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,19 +65,48 @@ class PreprocessOptions:
     """How to turn documents into shards."""
 
     json_key: str = "text"
-    """The key of the text in JSON lines."""
+    """The key of the text in JSON lines; the column of Parquet files."""
+
+    input_format: InputFormat | None = None
+    """Format of all inputs; None goes by each file's name."""
 
     append_eod: bool = True
     """End each document with the tokenizer's end-of-document id."""
 
     valid_fraction: float = 0.05
-    """Share of documents for the held-out shard, by hash of the text; 0 makes one shard."""
+    """Share of documents for the split "valid", by hash of the text."""
+
+    test_fraction: float = 0.0
+    """Share of documents for the split "test", by the same hash."""
+
+    deduplicate: bool = False
+    """Leave out exact copies of earlier documents."""
+
+    shard_tokens: int | None = None
+    """Most tokens of a shard (a longer document gets a shard of its own); None makes one shard of
+    each split."""
+
+    max_document_bytes: int = MAX_DOCUMENT_BYTES
+    """Larger documents (line or file, as stored, decompressed) are bad ones."""
+
+    skip_bad: bool = False
+    """Leave bad documents out and count them, instead of stopping at the first."""
+
+    engine: EngineOption = EngineOption.auto
+    """What encodes; every engine gives the reference's ids."""
 
     workers: int = 1
-    """Processes that tokenize; 1 works in this process."""
+    """Processes that tokenize and assemble; 1 works in this process."""
+
+    part: Part | None = None
+    """The share of the units to tokenize, without assembling shards; None does whatever is left and
+    assembles."""
+
+    unit_bytes: int | None = None
+    """Text that a worker takes at a time; None goes by the size of the inputs."""
 
     overwrite: bool = False
-    """Replace existing shards."""
+    """Replace existing shards, and throw away unfinished work of another job."""
 
     def __post_init__(self) -> None:
         """Check each option.
@@ -78,284 +115,264 @@ class PreprocessOptions:
             DataError: An option's value is outside its range.
         """
         check_fraction(self.valid_fraction, "--valid-fraction")
-        if self.workers < 1:
-            raise DataError(f"--workers is {self.workers}; pass at least 1 process")
+        check_fraction(self.test_fraction, "--test-fraction")
+        if self.valid_fraction + self.test_fraction >= 1:
+            raise DataError(
+                f"--valid-fraction {self.valid_fraction} and --test-fraction {self.test_fraction} "
+                "leave nothing to train on; pass shares whose sum is below 1"
+            )
+        for name, least in (("shard_tokens", 1), ("max_document_bytes", 1), ("workers", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise DataError(f"--{name.replace('_', '-')} is {value}; pass at least {least}")
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """Names of the splits that are made, by their numbers in ``splits_of``."""
+        names = ["train", "valid", "test"]
+        shares = [1.0, self.valid_fraction, self.test_fraction]
+        return tuple(name for name, share in zip(names, shares, strict=True) if share > 0)
+
+    def deciding(self) -> dict[str, Any]:
+        """The options that decide the output's bytes."""
+        others = {"engine", "workers", "part", "unit_bytes", "overwrite", "skip_bad"}
+        return {
+            name: value for name, value in dataclasses.asdict(self).items() if name not in others
+        }
 
 
 def preprocess(
-    inputs: Sequence[Path],
+    inputs: Sequence[str | Path],
     output_prefix: Path,
     *,
     tokenizer: Tokenizer,
     options: PreprocessOptions,
-) -> dict[Path, ShardManifest]:
+    progress: Callable[[Progress], None] | None = None,
+    shard_progress: Callable[[int, int], None] | None = None,
+) -> JobManifest | Tally:
     """Tokenize documents into shards and publish them.
 
-    Documents keep their order; empty ones are left out. The shards are ``<output_prefix>_train``
-    and ``_valid``, or ``<output_prefix>`` without a held-out share. They are published after the
-    last document; each .idx comes last, so that an interrupted publication cannot be opened.
+    A run that was interrupted is continued by the same call; shards appear under their final names
+    when all of them are whole, and the job's manifest comes last.
 
     Args:
-        inputs: Text and JSON-lines files.
+        inputs: Files, globs, folders, or "-" for standard input (``find_inputs``).
         output_prefix: Where the shards go; missing folders are made.
-        tokenizer: Encodes the documents.
+        tokenizer: Decides the ids.
         options: How to do it.
+        progress: Called after each unit.
+        shard_progress: Called with the number of finished shards and of all shards.
 
     Returns:
-        The manifest of each shard by its prefix.
+        The job's manifest; what was tokenized where ``options.part`` is given.
 
     Raises:
-        DataError: An input or the output is refused, a split is empty, or writing failed.
+        DataError: An input or the output is refused, a document is bad, a split is empty, or
+            writing failed.
     """
-    check_inputs(inputs)
-    prefixes = _checked_prefixes(output_prefix, options)
+    files = _checked_inputs(inputs, options)
+    job = _Job(files, output_prefix, tokenizer, options)
+    job.progress = progress or job.progress
+    job.shard_progress = shard_progress
     try:
-        manifests = _make_shards(inputs, prefixes, tokenizer, options)
-    except BrokenProcessPool as error:
-        raise DataError(
-            f"a tokenizing process died (out of memory?); pass fewer --workers "
-            f"({options.workers} now) or split very large documents"
-        ) from error
+        return job.run()
     except OSError as error:
         raise DataError(
-            f"cannot write {output_prefix}: {error}; free space or pass another --output-prefix"
+            f"{error}; what is finished is kept in {job.work.path}: free space or mend the file "
+            "system, and run the same command again"
         ) from error
-    return dict(zip(prefixes, manifests, strict=True))
 
 
-def _checked_prefixes(output_prefix: Path, options: PreprocessOptions) -> list[Path]:
-    """The shards to make, the held-out one last; raises DataError if one cannot be published."""
-    ends = ("_train", "_valid") if options.valid_fraction > 0 else ("",)
-    prefixes = [Path(f"{output_prefix}{end}") for end in ends]
-    targets = [Path(f"{prefix}{end}") for prefix in prefixes for end in SHARD_SUFFIXES]
-    check_writable(targets, overwrite=options.overwrite, option="--output-prefix")
-    return prefixes
+def _checked_inputs(inputs: Sequence[str | Path], options: PreprocessOptions) -> list[InputFile]:
+    """The input files; raises DataError for what cannot work."""
+    files = find_inputs(inputs, input_format=options.input_format)
+    for file in files:
+        if file.format is InputFormat.PARQUET:
+            # A damaged file is the worker's to report, or to leave out.
+            with contextlib.suppress(DamagedInput):
+                check_column(file, column=options.json_key)
+    if options.part and any(file.name == STDIN for file in files):
+        raise DataError("standard input cannot be read in parts; pass files, or no --part")
+    return files
 
 
-def _make_shards(
-    inputs: Sequence[Path],
-    prefixes: Sequence[Path],
-    tokenizer: Tokenizer,
-    options: PreprocessOptions,
-) -> list[ShardManifest]:
-    documents = read_documents(inputs, json_key=options.json_key)
-    with contextlib.ExitStack() as stack:
-        writers = [stack.enter_context(_ShardWriter(prefix, tokenizer)) for prefix in prefixes]
-        skipped = _fill(writers, documents, tokenizer, options)
-        manifests = [
-            writer.finish(
-                skipped_empty_documents=skipped,
-                append_eod=options.append_eod,
-                inputs=[str(path) for path in inputs],
-            )
-            for writer in writers
-        ]
-        # Only when every shard is complete: a new training shard beside an old held-out one could
-        # hold the same documents.
-        for writer in writers:
-            writer.publish()
-    return manifests
+class _Job:
+    """One call of ``preprocess``."""
 
+    def __init__(
+        self,
+        files: list[InputFile],
+        output_prefix: Path,
+        tokenizer: Tokenizer,
+        options: PreprocessOptions,
+    ) -> None:
+        self.files, self.options, self.tokenizer = files, options, tokenizer
+        self.prefix = output_prefix
+        self.unit_bytes = options.unit_bytes or choose_unit_bytes(files)
+        self.progress: Callable[[Progress], None] = lambda _: None
+        self.shard_progress: Callable[[int, int], None] | None = None
+        self.work = WorkFolder(Path(f"{output_prefix}.work"))
 
-class _ShardWriter:
-    """One shard in the making, under temporary names; leaving the context removes what is left."""
-
-    def __init__(self, prefix: Path, tokenizer: Tokenizer) -> None:
-        self.prefix = prefix
-        self.dtype = np.dtype(token_dtype(tokenizer.vocab_size))
-        self._tokenizer = tokenizer
-        # 4 bytes a document, where a list of ints would take 36.
-        self._lengths = array("i")
-        self._text_bytes = self._largest = 0
-        self._digest = hashlib.sha256()
-        self._paths = {end: Path(f"{prefix}{end}") for end in SHARD_SUFFIXES}
-        self._bin = temporary_name(self._paths[".bin"]).open("wb")
-
-    def __enter__(self) -> _ShardWriter:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bin.close()
-        for path in self._paths.values():
-            temporary_name(path).unlink(missing_ok=True)
-
-    def add(self, ids: NDArray[np.integer], *, text_bytes: int) -> None:
-        """Append one document's ids."""
-        # Megatron's files are little-endian on every machine.
-        raw = ids.astype(self.dtype.newbyteorder("<"), copy=False).tobytes()
-        self._bin.write(raw)
-        self._digest.update(raw)
-        self._lengths.append(len(ids))
-        self._text_bytes += text_bytes
-        self._largest = max(self._largest, int(ids.max(initial=0)))
-
-    def finish(
-        self, *, skipped_empty_documents: int, append_eod: bool, inputs: list[str]
-    ) -> ShardManifest:
-        """Complete and sync the temporary files; nothing is published yet."""
-        if not self._lengths:
-            raise DataError(
-                f"no document for {self.prefix}: the inputs hold too few documents with text "
-                f"({skipped_empty_documents} were empty); pass more --input, or --valid-fraction "
-                "0 for a single shard"
-            )
-        manifest = ShardManifest(
-            format_version=1,
-            documents=len(self._lengths),
-            skipped_empty_documents=skipped_empty_documents,
-            tokens=sum(self._lengths),
-            text_bytes=self._text_bytes,
-            largest_token_id=self._largest,
-            dtype=self.dtype.name,
-            bin_bytes=self._bin.tell(),
-            bin_sha256=self._digest.hexdigest(),
-            tokenizer_sha256=self._tokenizer.sha256,
-            vocab_size=self._tokenizer.vocab_size,
-            eod=self._tokenizer.eod,
-            append_eod=append_eod,
-            inputs=inputs,
-        )
-        sync_stream(self._bin)
-        text = json.dumps(dataclasses.asdict(manifest), indent=2) + "\n"
-        _write_synced(temporary_name(self._paths[".json"]), text.encode("utf-8"))
-        _write_synced(temporary_name(self._paths[".idx"]), index_bytes(self._lengths, self.dtype))
+    def run(self) -> JobManifest | Tally:
+        """Tokenize what is left, and assemble."""
+        options = self.options
+        if options.workers > 1:
+            start_early()
+        if options.workers > (cores := os.cpu_count() or 1):
+            logger.warning("--workers is %d, but this machine has %d cores", options.workers, cores)
+        self._check_output()
+        self.work.open(self._plan())
+        with self.work.locked(None if options.part is None else options.part.file_name):
+            if options.part is not None:
+                return self._tokenize()
+            try:
+                self._tokenize()
+            except BaseException:
+                self.work.remove_if_unused()
+                raise
+            self._check_units()
+            manifest = self._assemble()
+            self.work.remove()
         return manifest
 
-    def publish(self) -> None:
-        """Rename the files to their final names, the .idx last."""
-        # An old .idx must not describe the new .bin, not even for an instant.
-        self._paths[".idx"].unlink(missing_ok=True)
-        for path in self._paths.values():
-            os.replace(temporary_name(path), path)
-        sync_folder(self.prefix.parent)
+    def _check_units(self) -> None:
+        """Refuse units that are not those of the inputs; raises DataError."""
+        self.work.open(self._plan())
+        check_complete(self._all_work(), self.work.units)
 
+    def _check_output(self) -> None:
+        """Refuse an output that could not be published; raises DataError."""
+        if self.work.path.exists():
+            # Of several parts, none may throw away what another has just begun.
+            if self.options.overwrite and self.options.part is None and not self._is_same_job():
+                with self.work.locked(None):
+                    self.work.remove()
+            elif begun_publication(self.work.path) is not None:
+                return
+        if self.prefix.is_dir():
+            raise DataError(
+                f"--output-prefix {self.prefix} is a folder; pass a name in it, such as "
+                f"{self.prefix / 'text'}"
+            )
+        refuse_inputs_as_outputs(self.prefix, [file.name for file in self.files])
+        check_writable(
+            existing_outputs(self.prefix) or [Path(f"{self.prefix}.idx")],
+            overwrite=self.options.overwrite,
+            option="--output-prefix",
+        )
 
-def token_dtype(vocab_size: int) -> str:
-    """Return NumPy's name of the type that Megatron stores ids of such a vocabulary in.
+    def _is_same_job(self) -> bool:
+        try:
+            self.work.open(self._plan())
+        except DataError:
+            return False
+        return True
 
-    Args:
-        vocab_size: Number of ids.
+    def _plan(self) -> dict[str, Any]:
+        """All that decides the units and the output."""
+        return {
+            "format_version": 1,
+            "options": self.options.deciding(),
+            "unit_bytes": self.unit_bytes,
+            "tokenizer_sha256": self.tokenizer.sha256,
+            "eod": self.tokenizer.eod,
+            "inputs": [
+                {"name": file.name, "bytes": file.size_bytes, "fingerprint": fingerprint(file)}
+                for file in self.files
+            ],
+        }
 
-    Returns:
-        "uint16" or "int32".
-    """
-    return "uint16" if vocab_size < UINT16_VOCAB_LIMIT else "int32"
+    def _tokenize(self) -> Tally:
+        """Tokenize the units that are not finished; with the reference if an engine is wrong."""
+        engine = self._choose_engine()
+        if engine == REFERENCE:
+            self._drop_rejected_units()
+        work = self._all_work()
+        tally = tokenize_units(work, self._settings(engine), self.tokenizer, self.progress)
+        if tally.mismatch is None:
+            return tally
+        logger.warning(
+            "the engine %s gives other ids than the reference (%s): all units are tokenized again "
+            "with the reference, which is slower",
+            engine,
+            tally.mismatch,
+        )
+        self.work.reject_engine(engine, tally.mismatch)
+        if any(file.name == STDIN for file in self.files):
+            raise DataError(
+                f"the engine {engine} gives other ids than the reference ({tally.mismatch}), and "
+                "standard input cannot be read twice; give the same text to the same command "
+                "again: it goes on with the reference"
+            )
+        return self._tokenize()
 
+    def _all_work(self) -> Work:
+        options = self.options
+        return Work(
+            files=self.files,
+            unit_bytes=self.unit_bytes,
+            part=options.part,
+            workers=options.workers,
+        )
 
-def index_bytes(lengths: Sequence[int], dtype: np.dtype[np.integer]) -> bytes:
-    """Return the contents of the .idx file for documents of one sequence each.
+    def _choose_engine(self) -> str:
+        if self.work.rejected_engine() is not None:
+            return REFERENCE
+        if any(file.name == STDIN for file in self.files):
+            # It can be read once only; the audit still watches every unit.
+            return choose_engine(self.tokenizer, self.options.engine, [])
+        return choose_engine(self.tokenizer, self.options.engine, self._sample())
 
-    Args:
-        lengths: Each document's length in tokens.
-        dtype: Type of the ids in the .bin file.
+    def _sample(self) -> list[str]:
+        """The first good documents of the inputs that are no streams, or of the first stream."""
+        sample: list[str] = []
+        characters = 0
+        for text in first_texts(self._all_work(), self._settings(REFERENCE)):
+            sample.append(text)
+            characters += len(text)
+            if len(sample) == _SAMPLE_DOCUMENTS or characters > _SAMPLE_CHARACTERS:
+                break
+        return sample
 
-    Returns:
-        The bytes, as megatron-core 0.19.2's IndexedDatasetBuilder writes them.
-    """
-    code = next(code for code, name in DTYPE_CODES.items() if name == dtype.name)
-    count = len(lengths)
-    lengths_array = np.asarray(lengths, dtype="<i4")
-    # Pointers are where documents begin: the ends of those before.
-    ends = np.cumsum(lengths_array, dtype="<i8") * dtype.itemsize
-    pointers = np.concatenate([np.zeros(1, dtype="<i8"), ends])[:count]
-    boundaries = np.arange(count + 1, dtype="<i8")
-    header = INDEX_HEADER.pack(INDEX_MAGIC, 1, code, count, count + 1)
-    return b"".join([header, *(part.tobytes() for part in (lengths_array, pointers, boundaries))])
+    def _drop_rejected_units(self) -> None:
+        """Delete the units that a rejected engine made."""
+        if self.work.rejected_engine() is None:
+            return
+        for key in finished_keys(self.work.units):
+            if read_facts(self.work.units, key).engine != REFERENCE:
+                remove_unit(self.work.units, key)
 
+    def _settings(self, engine: str) -> WorkSettings:
+        options = self.options
+        return WorkSettings(
+            units_folder=self.work.units,
+            model=self.tokenizer.model,
+            eod_token=self.tokenizer.eod_token,
+            engine=engine,
+            json_key=options.json_key,
+            append_eod=options.append_eod,
+            valid_fraction=options.valid_fraction,
+            test_fraction=options.test_fraction,
+            max_document_bytes=options.max_document_bytes,
+            skip_bad=options.skip_bad,
+            token_bytes=np.dtype(token_dtype(self.tokenizer.vocab_size)).itemsize,
+        )
 
-def _write_synced(path: Path, content: bytes) -> None:
-    with path.open("wb") as stream:
-        stream.write(content)
-        sync_stream(stream)
-
-
-def _fill(
-    writers: Sequence[_ShardWriter],
-    documents: Iterable[Document],
-    tokenizer: Tokenizer,
-    options: PreprocessOptions,
-) -> int:
-    """Write every document to its split's shard; return how many were empty."""
-    skipped = 0
-
-    def with_text() -> Iterator[Document]:
-        nonlocal skipped
-        for document in documents:
-            if document.text:
-                yield document
-            else:
-                skipped += 1
-
-    dtype = token_dtype(tokenizer.vocab_size)
-    end = np.array([tokenizer.eod] if options.append_eod else [], dtype=dtype)
-    for texts, ids_of_texts in _encoded(_batches(with_text()), tokenizer, options.workers):
-        for text, ids in zip(texts, ids_of_texts, strict=True):
-            # The held-out shard is the last; is_held_out is never true for a share of 0.
-            writer = writers[-1 if is_held_out(text, options.valid_fraction) else 0]
-            writer.add(np.concatenate([ids, end]), text_bytes=len(text.encode("utf-8")))
-    return skipped
-
-
-def _batches(documents: Iterable[Document]) -> Iterator[list[str]]:
-    """Group texts so that a batch is worth sending to another process."""
-    batch: list[str] = []
-    characters = 0
-    for document in documents:
-        batch.append(document.text)
-        characters += len(document.text)
-        if len(batch) == _BATCH_DOCUMENTS or characters >= _BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
-
-
-Encoded = list[NDArray[np.integer]]
-
-
-def _encoded(
-    batches: Iterable[list[str]], tokenizer: Tokenizer, workers: int
-) -> Iterator[tuple[list[str], Encoded]]:
-    """Yield each batch with its ids, in order."""
-    if workers == 1:
-        for batch in batches:
-            yield batch, _encode(tokenizer, batch)
-        return
-    # Spawned, not forked: the caller may hold threads. A bounded queue of futures, because the
-    # pools' own map functions would read the whole corpus ahead.
-    with ProcessPoolExecutor(
-        workers,
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_start_worker,
-        initargs=(tokenizer.model,),
-    ) as pool:
-        pending: deque[tuple[list[str], Future[Encoded]]] = deque()
-        # Two batches a worker: one in work, one waiting, so that no worker idles.
-        for batch in batches:
-            pending.append((batch, pool.submit(_encode_in_worker, batch)))
-            if len(pending) == 2 * workers:
-                done, future = pending.popleft()
-                yield done, future.result()
-        while pending:
-            done, future = pending.popleft()
-            yield done, future.result()
-
-
-def _encode(tokenizer: Tokenizer, texts: list[str]) -> Encoded:
-    dtype = np.dtype(token_dtype(tokenizer.vocab_size))
-    return [np.array(ids, dtype=dtype) for ids in tokenizer.encode_batch(texts)]
-
-
-# Set once in each worker process, so that the model travels once and not with every batch.
-_worker_tokenizer: Tokenizer | None = None
-
-
-def _start_worker(model: bytes) -> None:
-    global _worker_tokenizer
-    _worker_tokenizer = tokenizer_from_bytes(model)
-
-
-def _encode_in_worker(texts: list[str]) -> Encoded:
-    if _worker_tokenizer is None:
-        raise RuntimeError("the worker process was started without its tokenizer")
-    return _encode(_worker_tokenizer, texts)
+    def _assemble(self) -> JobManifest:
+        options = self.options
+        request = AssemblyRequest(
+            work=self.work.path,
+            output_prefix=self.prefix,
+            keys=finished_keys(self.work.units),
+            input_names=[file.name for file in self.files],
+            tokenizer_sha256=self.tokenizer.sha256,
+            vocab_size=self.tokenizer.vocab_size,
+            eod=self.tokenizer.eod,
+            append_eod=options.append_eod,
+            splits=options.splits,
+            shard_tokens=options.shard_tokens,
+            deduplicate=options.deduplicate,
+            options=options.deciding(),
+            overwrite=options.overwrite,
+        )
+        return assemble(request, workers=options.workers, report=self.shard_progress)

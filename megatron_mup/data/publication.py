@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -29,7 +30,9 @@ def check_writable(targets: list[Path], *, overwrite: bool, option: str) -> None
     # lexists, so that a broken link counts: the rename would replace it.
     existing = [target for target in targets if os.path.lexists(target)]
     if existing and not overwrite:
-        names = ", ".join(str(target) for target in existing)
+        names = ", ".join(str(target) for target in existing[:3])
+        if len(existing) > 3:
+            names += f" and {len(existing) - 3} more"
         raise DataError(f"output exists: {names}; pass --overwrite or another {option}")
     folders = [target for target in targets if target.is_dir()]
     if folders:
@@ -38,7 +41,7 @@ def check_writable(targets: list[Path], *, overwrite: bool, option: str) -> None
         try:
             folder.mkdir(parents=True, exist_ok=True)
             # A file is really made: permission bits say nothing of root and of read-only disks.
-            probe = folder / f".write-probe.{os.getpid()}.tmp"
+            probe = temporary_name(folder / "write-probe")
             probe.touch()
             probe.unlink()
         except OSError as error:
@@ -50,7 +53,8 @@ def check_writable(targets: list[Path], *, overwrite: bool, option: str) -> None
 
 def temporary_name(target: Path) -> Path:
     """Return the hidden name, beside ``target``, that it has until it is published."""
-    return target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    # Machines that share the folder may have equal process numbers.
+    return target.with_name(f".{target.name}.{platform.node()}.{os.getpid()}.tmp")
 
 
 def sync_stream(stream: BinaryIO) -> None:
@@ -69,11 +73,13 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def published(target: Path) -> Iterator[BinaryIO]:
+def published(target: Path, *, synced: bool = True) -> Iterator[BinaryIO]:
     """Open a file for writing that appears under its name only when the block succeeds.
 
     Args:
         target: The final name; an existing file is replaced.
+        synced: Wait for the disk. Without it a machine that goes down can leave a file that is
+            cut, which its reader must be able to tell.
 
     Yields:
         The binary stream to write to. If the block raises, the temporary file is removed and
@@ -84,11 +90,13 @@ def published(target: Path) -> Iterator[BinaryIO]:
         with temporary.open("wb") as stream:
             yield stream
             # Before the rename: some filesystems otherwise keep the new name and lose the bytes.
-            sync_stream(stream)
+            if synced:
+                sync_stream(stream)
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
-    sync_folder(target.parent)
+    if synced:
+        sync_folder(target.parent)
 
 
 def publish_text(target: Path, text: str) -> None:

@@ -41,6 +41,7 @@ DIRECT: dict[str, tuple[str, type]] = {
     "embedding-init-method-std": ("parameterization.embedding_init_method_std", float),
     "train-data-path": ("data.train_data_path", list),
     "valid-data-path": ("data.valid_data_path", list),
+    "per-split-data-args-path": ("data.per_split_data_args_path", str),
     "data-cache-path": ("data.data_cache_path", str),
     "eod-mask-loss": ("data.eod_mask_loss", bool),
     "tensor-model-parallel-size": ("parallel.tensor_model_parallel_size", int),

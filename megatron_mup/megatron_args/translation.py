@@ -271,6 +271,12 @@ class _Translator(Draft):
             if self.get("data.train_data_path") is not None:
                 raise ConfigError("--data-path and --train-data-path are both given; give one")
             self.set("data.train_data_path", paths)
+        given = self.get("data.train_data_path") or self.get("data.valid_data_path")
+        if self.get("data.per_split_data_args_path") is not None and given is not None:
+            raise ConfigError(
+                "--per-split-data-args-path excludes --data-path, --train-data-path and "
+                "--valid-data-path; give one of them"
+            )
         if split is not None or (paths is not None and self.get("data.valid_data_path") is None):
             asked = "--data-path" if split is None else f"--split {split}"
             self.notes.append(

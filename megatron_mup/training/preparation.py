@@ -22,7 +22,7 @@ from megatron_mup.checkpoint.resume import (
 )
 from megatron_mup.checkpoint.retention import remove_leftovers
 from megatron_mup.config import RunConfig
-from megatron_mup.data.checks import check_epochs, check_training_data
+from megatron_mup.data.checks import check_epochs, check_training_data, repetition_warning
 from megatron_mup.data.datasets import Samples, build_datasets
 from megatron_mup.flops import model_flops_per_sequence, peak_tflops
 from megatron_mup.model.layer_specs import check_implementation
@@ -105,13 +105,15 @@ def configured_data(run: RunConfig) -> TrainData:
 
 
 def data_text(epochs: Mapping[str, float]) -> str:
-    """How often the training shards are read, in words.
+    """How often the training shards are read, in words, with a warning if any is repeated.
 
     Args:
-        epochs: by shard, from ``check_before_work``.
+        epochs: by shard or set, from ``check_before_work``.
     """
     listed = ", ".join(f"'{prefix}' {count:.3g}" for prefix, count in epochs.items())
-    return f"epochs of the training shards: {listed}"
+    text = f"epochs of the training shards: {listed}"
+    warning = repetition_warning(epochs)
+    return text if warning is None else f"{text}\n{warning}"
 
 
 def origin_text(run: RunConfig, found: FoundCheckpoint | None) -> str:

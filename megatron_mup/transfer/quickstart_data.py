@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megatron_mup.data.corpus import write_corpus
 from megatron_mup.data.documents import check_inputs, read_documents
+from megatron_mup.data.manifest import job_manifest_path
 from megatron_mup.data.preprocess import PreprocessOptions, preprocess
 from megatron_mup.data.publication import publish_text, published
 from megatron_mup.data.shards import open_shard
@@ -58,7 +59,7 @@ def make_shards(
         report = train_tokenizer([corpus], model.with_suffix(""), options=options)
         echo(f"tokenizer: {report.vocab_size} ids in {model}")
     # Published last: where it is, all is; what an interruption left behind is overwritten.
-    if not (folder / "text_valid.idx").exists():
+    if not job_manifest_path(folder / "text").exists():
         shard_options = PreprocessOptions(valid_fraction=VALID_FRACTION, overwrite=True)
         tokenizer = load_tokenizer(model)
         preprocess([corpus], folder / "text", tokenizer=tokenizer, options=shard_options)

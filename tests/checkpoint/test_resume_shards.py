@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
 from megatron_mup.config import RunConfig
+from megatron_mup.errors import CheckpointError
 from megatron_mup.training.loop import train
 from tests.configurations import tiny
 
@@ -51,3 +54,20 @@ def test_resume_over_several_epochs_of_a_shard_is_bit_exact(tmp_path: Path) -> N
     second = losses(tiny(*common, "train_iters=60", f"load={checkpoints}"))
     assert first + second == whole
     assert len(whole) == 60
+
+
+def test_a_run_on_a_blend_file_of_sets_resumes_and_knows_its_shards(tmp_path: Path) -> None:
+    for number in range(2):
+        make_shard(tmp_path / f"set-0000{number}-of-00002", documents=40)
+    make_shard(tmp_path / "single", documents=40)
+    blend = tmp_path / "blend.json"
+    blend.write_text(json.dumps({"train": ["0.7", f"{tmp_path}/set", "0.3", f"{tmp_path}/single"]}))
+    common = [f"per_split_data_args_path={blend}", "lr_decay_iters=20"]
+    whole = losses(tiny(*common, "train_iters=20"))
+    checkpoints = tmp_path / "checkpoints"
+    first = losses(tiny(*common, "train_iters=10", f"save={checkpoints}"))
+    resumed = [*common, "train_iters=20", f"load={checkpoints}"]
+    assert first + losses(tiny(*resumed)) == whole
+    make_shard(tmp_path / "set-00001-of-00002", documents=41)
+    with pytest.raises(CheckpointError, match="sha256 of the training shards was"):
+        losses(tiny(*resumed))

@@ -19,7 +19,8 @@ import pytest
 
 from megatron_mup.data.cache_safety import check_cache, guarded_cache
 from megatron_mup.data.datasets import build_datasets
-from megatron_mup.data.shards import inspect_shard, open_shard, unigram_entropy
+from megatron_mup.data.inspection import inspect_prefix
+from megatron_mup.data.shards import open_shard, unigram_entropy
 from megatron_mup.errors import DataError
 from tests.configurations import tiny
 
@@ -64,20 +65,20 @@ def write_index(
 def write_manifest(prefix: Path, **changes: object) -> None:
     """The manifest of a shard of five ids, with other values."""
     record: dict[str, object] = {
-        "format_version": 1,
+        "format_version": 2,
         "documents": 1,
-        "skipped_empty_documents": 0,
         "tokens": 5,
         "text_bytes": 9,
         "largest_token_id": 7,
         "dtype": "uint16",
         "bin_bytes": 10,
         "bin_sha256": "0" * 64,
+        "idx_sha256": "0" * 64,
         "tokenizer_sha256": "0" * 64,
         "vocab_size": 96,
         "eod": 2,
         "append_eod": True,
-        "inputs": ["a.txt"],
+        "inputs": [{"file": "a.txt", "start": 0, "stop": 0, "documents": 1}],
     }
     Path(f"{prefix}.json").write_text(json.dumps(record | changes))
 
@@ -139,6 +140,10 @@ def test_a_folder_or_link_to_nothing_in_place_of_an_index_is_refused(tmp_path: P
     (tmp_path / "x.npy").mkdir()
     with pytest.raises(DataError, match="not a file"):
         check_cache(tmp_path, remove_cut=True)
+    (tmp_path / "x.npy").rmdir()
+    (tmp_path / "x.npy").symlink_to("gone")
+    with pytest.raises(DataError, match="not a file"):
+        check_cache(tmp_path, remove_cut=True)
 
 
 @pytest.mark.parametrize("size", [0, 3, 7, 9, 60, -1])
@@ -155,6 +160,17 @@ def test_an_index_that_a_kill_cut_is_built_again(
     assert build(tmp_path / "s") == [7] * 16
     assert victim.read_bytes() == whole
     assert "was cut by a killed run and is built again" in caplog.text
+
+
+def test_a_file_that_the_builder_takes_away_meanwhile_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a.npy", "b.npy"):
+        np.save(tmp_path / name, np.zeros(3))
+    listed = sorted(tmp_path.glob("*.npy"))
+    (tmp_path / "a.npy").unlink()
+    monkeypatch.setattr(Path, "glob", lambda _self, _pattern: listed)
+    check_cache(tmp_path, remove_cut=False)
 
 
 def test_a_huge_shape_is_a_cut_file_and_not_an_allocation(tmp_path: Path) -> None:
@@ -269,13 +285,14 @@ def test_a_huge_manifest_is_not_read(tmp_path: Path) -> None:
     Path(f"{prefix}.json").touch()
     # A sparse file: 1 TB by its size, nothing on the disk.
     os.truncate(f"{prefix}.json", 1 << 40)
-    with pytest.raises(DataError, match="larger than 64 MiB"):
+    with pytest.raises(DataError, match="larger than 256 MiB"):
         open_shard(prefix)
 
 
 def test_names_in_a_manifest_open_nothing(tmp_path: Path) -> None:
     prefix = write_shard(tmp_path / "s", [7] * 5)
-    write_manifest(prefix, inputs=["../../../../dev/zero"])
+    inputs = [{"file": "../../../../dev/zero", "start": 0, "stop": 0, "documents": 1}]
+    write_manifest(prefix, inputs=inputs)
     assert open_shard(prefix, vocab_size=96).tokens == 5
 
 
@@ -286,5 +303,4 @@ def test_a_manifest_that_lies_about_the_largest_id_is_found_by_reading(tmp_path:
     assert open_shard(prefix, vocab_size=96).tokens == 5
     with pytest.raises(DataError, match=rf"id is 7, the \.bin holds {2**61}"):
         unigram_entropy(prefix, prefix, 96)
-    with pytest.raises(DataError, match=rf"id is 7, the \.bin holds {2**61}"):
-        inspect_shard(prefix)
+    assert inspect_prefix(prefix).altered_files == [f"{prefix}.bin", f"{prefix}.idx"]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from megatron_mup import platform
-from megatron_mup.data.datasets import Samples, build_datasets, parse_blend
+from megatron_mup.data.datasets import Samples, build_datasets
 from megatron_mup.errors import DataError
 from tests.configurations import tiny
 
@@ -43,37 +43,6 @@ def build(prefix: str, *overrides: str) -> Samples:
 
 def tokens(samples: Samples) -> list[list[int]]:
     return [samples[index]["tokens"].tolist() for index in range(_SAMPLES)]
-
-
-@pytest.mark.parametrize(
-    ("paths", "expected"),
-    [
-        (["a"], (["a"], None)),
-        (["a", "b", "c"], (["a", "b", "c"], None)),
-        (["0.7", "a", "0.3", "b"], (["a", "b"], [0.7, 0.3])),
-        (["2", "a"], (["a"], [2.0])),
-        # One name that reads as a number is a shard.
-        (["7"], (["7"], None)),
-    ],
-)
-def test_a_blend_is_prefixes_or_weights_and_prefixes_in_turn(
-    paths: list[str], expected: tuple[list[str], list[float] | None]
-) -> None:
-    assert parse_blend(paths) == expected
-
-
-@pytest.mark.parametrize(
-    ("paths", "words"),
-    [
-        (["0.7", "a", "0.3"], "does not alternate weight and prefix"),
-        (["0.7", "a", "b", "c"], "does not alternate weight and prefix"),
-        (["0.7", "a", "0", "b"], "must be positive"),
-        (["-1", "a"], "must be positive"),
-    ],
-)
-def test_a_blend_that_cannot_be_read_is_refused(paths: list[str], words: str) -> None:
-    with pytest.raises(DataError, match=words):
-        parse_blend(paths)
 
 
 def test_a_sample_is_a_window_of_the_concatenated_documents(tmp_path: Path) -> None:
@@ -141,3 +110,63 @@ def test_a_damaged_shard_is_refused_before_an_index_is_made(tmp_path: Path) -> N
     with pytest.raises(DataError, match="expected 720 bytes"):
         build(prefix)
     assert not (tmp_path / "cache").exists()
+
+
+def counted(samples: Samples, count: int) -> dict[int, int]:
+    """How many samples consist of each token; documents of one shard hold one token."""
+    seen: dict[int, int] = {}
+    for index in range(count):
+        (token,) = set(samples[index]["tokens"].tolist())
+        seen[token] = seen.get(token, 0) + 1
+    return seen
+
+
+def write_set(prefix: Path, *counts: int) -> str:
+    """A set whose shard number n holds so many documents of 32 times n + 1."""
+    for number, count in enumerate(counts):
+        name = f"{prefix.name}-{number:05d}-of-{len(counts):05d}"
+        write_shard(prefix.with_name(name), [[number + 1] * 32] * count)
+    return str(prefix)
+
+
+def test_a_set_is_read_whole_and_a_remnant_that_fills_no_sequence_left_out(tmp_path: Path) -> None:
+    prefix = write_set(tmp_path / "text", 10, 20, 5)
+    write_shard(tmp_path / "text-00002-of-00003", [[3] * 16])
+    run = tiny(f"train_data_path=[{prefix}]")
+    samples, _ = build_datasets(run, train_samples=58, valid_samples=0)
+    # 320 and 640 tokens make 19 and 39 sequences of 16 with a token behind each.
+    assert counted(samples, 58) == {1: 19, 2: 39}
+
+
+def test_the_weight_of_a_set_is_spread_over_its_tokens(tmp_path: Path) -> None:
+    large = write_set(tmp_path / "large", 10, 30)
+    small = write_shard(tmp_path / "small", [[9] * 32] * 10)
+    run = tiny(f"train_data_path=[0.8,{large},0.2,{small}]")
+    samples, _ = build_datasets(run, train_samples=100, valid_samples=0)
+    assert counted(samples, 100) == {1: 20, 2: 60, 9: 20}
+
+
+def test_a_blend_file_gives_the_samples_of_the_options(tmp_path: Path) -> None:
+    train = write_set(tmp_path / "train", 10, 30)
+    valid = write_set(tmp_path / "valid", 5, 5)
+    path = tmp_path / "blend.json"
+    path.write_text(json.dumps({"train": ["1", train], "valid": [valid], "test": None}))
+    by_file = tiny(f"per_split_data_args_path={path}")
+    by_options = tiny(f"train_data_path=[1,{train}]", f"valid_data_path=[{valid}]")
+    read = []
+    for run in (by_file, by_options):
+        train_set, valid_set = build_datasets(run, train_samples=_SAMPLES, valid_samples=8)
+        assert valid_set is not None
+        read.append((tokens(train_set), [valid_set[n]["tokens"].tolist() for n in range(8)]))
+    assert read[0] == read[1]
+
+
+def test_documents_of_all_shards_of_a_set_are_read_once_an_epoch(tmp_path: Path) -> None:
+    documents = [[[3 + number] * 4 + [2]] for number in range(6)]
+    for number, shard in enumerate(documents):
+        write_shard(tmp_path / f"text-0000{number}-of-00006", shard)
+    run = tiny(f"train_data_path=[{tmp_path / 'text'}]", "sample_layout=document")
+    samples, _ = build_datasets(run, train_samples=12, valid_samples=0)
+    for epoch in (range(6), range(6, 12)):
+        firsts = sorted(int(samples[index]["labels"][0]) for index in epoch)
+        assert firsts == [3, 4, 5, 6, 7, 8]

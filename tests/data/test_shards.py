@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import math
 import struct
 from pathlib import Path
@@ -9,37 +8,16 @@ import numpy as np
 import pytest
 
 from megatron_mup.data.checks import check_training_data
-from megatron_mup.data.preprocess import PreprocessOptions, preprocess
-from megatron_mup.data.shards import inspect_shard, open_shard, unigram_entropy
-from megatron_mup.data.tokenizer import Tokenizer
+from megatron_mup.data.shards import (
+    open_shard,
+    read_chunks,
+    read_index,
+    token_count,
+    unigram_entropy,
+)
 from megatron_mup.errors import DataError
 from tests.configurations import tiny
-
-
-def write_shard(
-    prefix: Path, documents: list[list[int]], *, dtype: str = "uint16", code: int = 8
-) -> Path:
-    """Write a shard by the format's definition, as Megatron does it: without a manifest."""
-    ids = [token for document in documents for token in document]
-    lengths = [len(document) for document in documents]
-    size = np.dtype(dtype).itemsize
-    pointers = [size * sum(lengths[:number]) for number in range(len(lengths))]
-    count = len(documents)
-    Path(f"{prefix}.bin").write_bytes(np.array(ids, dtype=dtype).tobytes())
-    Path(f"{prefix}.idx").write_bytes(
-        b"MMIDIDX\0\0"
-        + struct.pack("<QBQQ", 1, code, count, count + 1)
-        + struct.pack(f"<{count}i", *lengths)
-        + struct.pack(f"<{count}q", *pointers)
-        + struct.pack(f"<{count + 1}q", *range(count + 1))
-    )
-    return prefix
-
-
-def patch(path: Path, offset: int, raw: bytes) -> None:
-    content = bytearray(path.read_bytes())
-    content[offset : offset + len(raw)] = raw
-    path.write_bytes(content)
+from tests.data.written_shards import patch, write_own_shard, write_shard
 
 
 @pytest.fixture
@@ -48,11 +26,8 @@ def shard(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def own_shard(tmp_path: Path, tokenizer: Tokenizer) -> Path:
-    (tmp_path / "a.txt").write_text("def f():\n    return 1\n")
-    options = PreprocessOptions(valid_fraction=0.0)
-    preprocess([tmp_path / "a.txt"], tmp_path / "own", tokenizer=tokenizer, options=options)
-    return tmp_path / "own"
+def own_shard(tmp_path: Path) -> Path:
+    return write_own_shard(tmp_path / "own", [[5, 6, 7, 2], [511, 2]])
 
 
 @pytest.mark.parametrize(("dtype", "code"), [("uint16", 8), ("int32", 4), ("int64", 5)])
@@ -167,52 +142,61 @@ def test_the_manifest_tells_the_largest_id_of_an_own_shard(own_shard: Path) -> N
 
 def test_a_manifest_of_another_run_is_refused(own_shard: Path, tmp_path: Path) -> None:
     write_shard(own_shard, [[1, 2, 3]])
-    with pytest.raises(DataError, match=r"own\.json: describes .* its \.idx 3 of uint16"):
+    with pytest.raises(DataError, match=r"own\.json: describes 6 tokens .* its \.idx 3 of uint16"):
         open_shard(own_shard)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda record: record | {"format_version": 2},
-        lambda record: record | {"unknown": 1},
-        lambda record: record | {"tokens": "5"},
-        lambda record: {key: record[key] for key in record if key != "eod"},
-        lambda record: [record],
-    ],
-)
-def test_a_damaged_manifest_is_refused(own_shard: Path, change: object) -> None:
-    assert callable(change)
-    path = Path(f"{own_shard}.json")
-    path.write_text(json.dumps(change(json.loads(path.read_text()))))
-    with pytest.raises(DataError, match=r"own\.json: not a shard's manifest"):
+def test_a_manifest_of_as_many_tokens_in_other_documents_is_refused(own_shard: Path) -> None:
+    write_shard(own_shard, [[5, 2], [6, 2], [7, 2]])
+    with pytest.raises(DataError, match=r"in 2 documents, its \.idx 6 of uint16 in 3"):
         open_shard(own_shard)
 
 
-def test_inspection_reads_lengths_ids_and_a_sample(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    hello = tokenizer.encode("hello")
-    prefix = write_shard(tmp_path / "s", [[*hello, 2], [3] * 100])
-    summary = inspect_shard(prefix, tokenizer=tokenizer)
-    assert summary.sample == "hello"
-    assert (summary.documents, summary.tokens) == (2, len(hello) + 101)
-    assert (summary.min_document_tokens, summary.max_document_tokens) == (len(hello) + 1, 100)
-    assert summary.mean_document_tokens == (len(hello) + 101) / 2
-    assert summary.largest_token_id == max(hello)
-    assert summary.manifest_matches is None
-    assert inspect_shard(prefix).sample is None
+def test_tokens_are_counted_by_the_size_of_the_file(shard: Path, tmp_path: Path) -> None:
+    assert token_count(shard) == 5
+    assert token_count(write_shard(tmp_path / "w", [[1, 2, 3]], dtype="int32", code=4)) == 3
+    with pytest.raises(DataError, match=r"no file .*gone\.bin"):
+        token_count(tmp_path / "gone")
 
 
-def test_inspection_checks_the_digest(own_shard: Path) -> None:
-    assert inspect_shard(own_shard).manifest_matches is True
-    patch(Path(f"{own_shard}.bin"), 0, b"\x05\x00")
-    assert inspect_shard(own_shard).manifest_matches is False
+def test_documents_have_the_tokens_of_all_their_sequences(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefix = write_shard(tmp_path / "s", [[1], [2, 3], [], [4, 5, 6], [7]])
+    # Documents of two, none and three sequences.
+    raw = Path(f"{prefix}.idx").read_bytes()[: 34 + 12 * 5]
+    header = b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, 8, 5, 4)
+    Path(f"{prefix}.idx").write_bytes(header + raw[34:] + struct.pack("<4q", 0, 2, 2, 5))
+    for size in (1, 2, 100):
+        monkeypatch.setattr("megatron_mup.data.shards._CHUNK_SEQUENCES", size)
+        parts = [part.tolist() for part in read_index(Path(f"{prefix}.idx")).document_tokens()]
+        assert [length for part in parts for length in part] == [3, 0, 4]
 
 
-def test_inspection_refuses_another_tokenizer(own_shard: Path, tokenizer: Tokenizer) -> None:
-    path = Path(f"{own_shard}.json")
-    path.write_text(path.read_text().replace(tokenizer.sha256, "0" * 64))
-    with pytest.raises(DataError, match=r"made with the tokenizer 000000000000\.\.\., not with"):
-        inspect_shard(own_shard, tokenizer=tokenizer)
+def test_an_index_is_checked_over_the_ends_of_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megatron_mup.data.shards._CHUNK_SEQUENCES", 2)
+    prefix = write_shard(tmp_path / "s", [[1, 2], [3], [4], [5, 6], [7]])
+    whole = Path(f"{prefix}.idx").read_bytes()
+    assert open_shard(prefix).documents == 5
+    pointers, boundaries = 34 + 4 * 5, 34 + 12 * 5
+    for offset in [pointers + 8 * number for number in range(5)]:
+        patch(f"{prefix}.idx", offset, b"\x63")
+        with pytest.raises(DataError, match="contradict each other"):
+            open_shard(prefix)
+        Path(f"{prefix}.idx").write_bytes(whole)
+    for number in (1, 2, 3, 4):
+        patch(f"{prefix}.idx", boundaries + 8 * number, b"\x63")
+        with pytest.raises(DataError, match="contradict each other"):
+            open_shard(prefix)
+        Path(f"{prefix}.idx").write_bytes(whole)
+
+
+def test_the_output_prefix_of_a_job_is_explained(tmp_path: Path) -> None:
+    (tmp_path / "all.manifest.json").touch()
+    with pytest.raises(DataError, match=r"output prefix of a whole job; name one .*/all_train"):
+        open_shard(tmp_path / "all")
 
 
 def test_the_unigram_entropy_is_that_of_the_held_out_tokens(tmp_path: Path, shard: Path) -> None:
@@ -229,17 +213,16 @@ def test_the_unigram_entropy_counts_over_all_chunks(
     monkeypatch.setattr("megatron_mup.data.shards._CHUNK_TOKENS", 3)
     valid = write_shard(tmp_path / "v", [[1, 1, 4, 2, 1, 1, 4, 2]])
     assert unigram_entropy(shard, valid, 10) == pytest.approx(1.5 * math.log(2), abs=1e-12)
-    assert inspect_shard(valid).largest_token_id == 4
+    assert [chunk.tolist() for chunk in read_chunks(valid, "uint16")] == [
+        [1, 1, 4],
+        [2, 1, 1],
+        [4, 2],
+    ]
 
 
-def test_the_unigram_entropy_refuses_shards_of_different_tokenizers(
-    own_shard: Path, tokenizer: Tokenizer
-) -> None:
-    other = own_shard.with_name("other")
-    for suffix in (".bin", ".idx", ".json"):
-        Path(f"{other}{suffix}").write_bytes(Path(f"{own_shard}{suffix}").read_bytes())
+def test_the_unigram_entropy_refuses_shards_of_different_tokenizers(own_shard: Path) -> None:
+    other = write_own_shard(own_shard.with_name("other"), [[5, 6, 2]])
     assert unigram_entropy(own_shard, other, 512) > 0
-    path = Path(f"{other}.json")
-    path.write_text(path.read_text().replace(tokenizer.sha256, "0" * 64))
+    write_own_shard(other, [[5, 6, 2]], tokenizer_sha256="0" * 64)
     with pytest.raises(DataError, match="different tokenizers"):
         unigram_entropy(own_shard, other, 512)

@@ -4,6 +4,7 @@ import hashlib
 import io
 from pathlib import Path
 
+import numpy as np
 import pytest
 import sentencepiece
 from hypothesis import given, settings
@@ -40,7 +41,27 @@ def test_any_text_survives_a_unigram_model(unigram: Tokenizer, text: str) -> Non
 @settings(max_examples=50, deadline=None)
 @given(texts=st.lists(ANY_TEXT, max_size=4))
 def test_a_batch_is_encoded_as_its_texts_one_by_one(tokenizer: Tokenizer, texts: list[str]) -> None:
-    assert tokenizer.encode_batch(texts) == [tokenizer.encode(text) for text in texts]
+    one_by_one = [tokenizer.encode(text) for text in texts]
+    assert tokenizer.encode_batch(texts) == one_by_one
+    encoded = tokenizer.encode_flat(texts)
+    assert encoded.lengths.tolist() == [len(ids) for ids in one_by_one]
+    assert encoded.ids.tolist() == [token for ids in one_by_one for token in ids]
+
+
+def test_flat_ids_are_arrays_even_of_nothing(tokenizer: Tokenizer) -> None:
+    for texts in ([], [""], ["a", "\u2581", ""]):
+        encoded = tokenizer.encode_flat(texts)
+        assert (encoded.ids.dtype, encoded.lengths.dtype) == (np.int32, np.int64)
+        assert len(encoded.lengths) == len(texts)
+    assert tokenizer.encode_flat([]).ids.shape == (0,)
+
+
+def test_a_literal_space_symbol_is_spelled_in_its_bytes(tokenizer: Tokenizer) -> None:
+    # Byte pieces follow the newline, id 3: U+2581 is E2 96 81 in UTF-8.
+    symbol = [4 + 0xE2, 4 + 0x96, 4 + 0x81]
+    assert tokenizer.encode("\u2581") == symbol
+    x, y = tokenizer.encode("x"), tokenizer.encode(" y")
+    assert tokenizer.encode("x\u2581\u2581 y") == [*x, *symbol, *symbol, *y]
 
 
 def test_special_ids_are_fixed_and_never_come_from_text(tokenizer: Tokenizer) -> None:
@@ -52,6 +73,17 @@ def test_special_ids_are_fixed_and_never_come_from_text(tokenizer: Tokenizer) ->
 def test_newlines_and_runs_of_spaces_are_single_pieces(tokenizer: Tokenizer) -> None:
     assert tokenizer.encode("\n\n") == [3, 3]
     assert len(tokenizer.encode("        ")) == 1
+
+
+def test_any_piece_can_end_a_document(model_path: Path, tokenizer: Tokenizer) -> None:
+    chosen = load_tokenizer(model_path, eod_token="<s>")
+    assert (chosen.eod, chosen.eod_token, chosen.kind) == (1, "<s>", "sentencepiece")
+    assert (tokenizer.eod, tokenizer.eod_token) == (2, "</s>")
+    assert chosen.decode([*chosen.encode("a"), 1]) == "a"
+    with pytest.raises(DataError, match=r"--eod-token '<end>' is not a piece of .*tiny\.model"):
+        load_tokenizer(model_path, eod_token="<end>")
+    # The piece of unknown characters is there, and not the answer for one that is not.
+    assert load_tokenizer(model_path, eod_token="<unk>").eod == 0
 
 
 def test_the_digest_is_that_of_the_file(tokenizer: Tokenizer, model_path: Path) -> None:
@@ -68,7 +100,7 @@ def test_a_file_that_is_no_tokenizer_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.model"
     with pytest.raises(DataError, match=r"cannot read the tokenizer model .*x\.model: No such"):
         load_tokenizer(path)
-    for content in (b"", b"garbage" * 50):
+    for content in (b"", b"garbage" * 50, b'{"model"', b'{"no": 1}', b"[]"):
         path.write_bytes(content)
         with pytest.raises(DataError, match=r"x\.model is not a sentencepiece model"):
             load_tokenizer(path)
@@ -84,5 +116,6 @@ def test_a_model_without_an_end_of_document_is_refused() -> None:
         eos_id=-1,
         minloglevel=2,
     )
-    with pytest.raises(DataError, match="has no eos piece"):
+    with pytest.raises(DataError, match=r"has no eos piece.*--eod-token"):
         tokenizer_from_bytes(buffer.getvalue())
+    assert tokenizer_from_bytes(buffer.getvalue(), eod_token="<s>").eod == 1

@@ -1,14 +1,19 @@
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import sentencepiece
 
-from megatron_mup.data.documents import is_held_out
+from megatron_mup.data import tokenizer_training
+from megatron_mup.data.documents import Document, is_held_out
+from megatron_mup.data.inputs import InputFile
 from megatron_mup.data.tokenizer import load_tokenizer
 from megatron_mup.data.tokenizer_training import (
+    ModelType,
     TokenizerOptions,
     split_sentences,
     train_tokenizer,
@@ -77,6 +82,15 @@ def test_long_lines_are_cut_and_not_dropped() -> None:
         ({"vocab_size": 300, "character_coverage": 1.1}, "--character-coverage is 1.1"),
         ({"vocab_size": 300, "input_sentence_size": 7}, "--input-sentence-size is 7"),
         ({"vocab_size": 300, "num_threads": 0}, "--num-threads is 0"),
+        ({"vocab_size": 300, "sample_bytes": -1}, "--sample-bytes is -1"),
+        ({"vocab_size": 300, "pad_vocab_to_multiple": 0}, "--pad-vocab-to-multiple is 0"),
+        ({"vocab_size": 261, "special_tokens": ("[A]",)}, "pass at least 262 ids"),
+        ({"vocab_size": 300, "special_tokens": ("a b",)}, "--special-token 'a b' .* white space"),
+        ({"vocab_size": 300, "special_tokens": ("\u2581",)}, "--special-token .* white space"),
+        ({"vocab_size": 300, "special_tokens": ("",)}, "--special-token '' is empty"),
+        ({"vocab_size": 300, "special_tokens": ("</s>",)}, "'</s>' is one of the model's own"),
+        ({"vocab_size": 300, "special_tokens": ("<0x41>",)}, "'<0x41>' is one of the model's own"),
+        ({"vocab_size": 300, "special_tokens": ("[A]", "[A]")}, r"'\[A\]' is given twice"),
         ({"vocab_size": 300, "held_out_fraction": 1.0}, "--held-out-fraction is 1.0"),
     ],
 )
@@ -102,6 +116,135 @@ def test_text_that_gives_no_tokenizer_is_refused_and_nothing_published(
     with pytest.raises(DataError, match=message):
         train_tokenizer([path], tmp_path / "t", options=options)
     assert [found.name for found in tmp_path.iterdir()] == ["a.txt"]
+
+
+@pytest.mark.parametrize("model_type", ["bpe", "unigram"])
+def test_special_tokens_are_one_id_each_and_never_split(
+    tmp_path: Path, sources: list[Path], model_type: ModelType
+) -> None:
+    tokens = ("<|im_start|>", 'a,"b', "ast")
+    options = TokenizerOptions(
+        vocab_size=400, model_type=model_type, special_tokens=tokens, held_out_fraction=0
+    )
+    path = train_tokenizer(sources[:2], tmp_path / "t", options=options).model_path
+    tokenizer = load_tokenizer(path)
+    assert [tokenizer.encode(token) for token in ("\n", *tokens)] == [[3], [4], [5], [6]]
+    assert tokenizer.encode("<|im_start|><|im_start|>\n") == [4, 4, 3]
+    # Inside a word too.
+    assert tokenizer.encode("fastest")[1:-1].count(6) == 1
+    assert tokenizer.decode(tokenizer.encode("x <|im_start|> y")) == "x <|im_start|> y"
+
+
+@pytest.mark.parametrize("model_type", ["bpe", "unigram"])
+def test_a_padded_vocabulary_is_learned_as_far_as_the_text_goes(
+    tmp_path: Path, sources: list[Path], model_type: ModelType
+) -> None:
+    options = TokenizerOptions(
+        vocab_size=385, model_type=model_type, pad_vocab_to_multiple=128, held_out_fraction=0
+    )
+    report = train_tokenizer(sources[:2], tmp_path / "t", options=options)
+    assert (report.vocab_size, report.unused_ids) == (512, 0)
+    plain = TokenizerOptions(vocab_size=512, model_type=model_type, held_out_fraction=0)
+    again = train_tokenizer(sources[:2], tmp_path / "u", options=plain)
+    pieces = [
+        sentencepiece.SentencePieceProcessor(model_file=str(path)).id_to_piece(list(range(512)))
+        for path in (report.model_path, again.model_path)
+    ]
+    assert pieces[0] == pieces[1]
+
+
+def test_a_small_text_is_padded_with_unused_ids(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("abc abd")
+    options = TokenizerOptions(vocab_size=264, pad_vocab_to_multiple=64, held_out_fraction=0)
+    report = train_tokenizer([path], tmp_path / "t", options=options)
+    tokenizer = load_tokenizer(report.model_path)
+    # 260 ids before any character: the text has five and a few pairs of them.
+    assert report.vocab_size == tokenizer.vocab_size == 320
+    learned = 320 - report.unused_ids
+    assert 265 <= learned < 275
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(report.model_path))
+    assert processor.id_to_piece(learned) == "<unused_0>"
+    assert processor.id_to_piece(319) == f"<unused_{report.unused_ids - 1}>"
+    assert all(processor.is_control(token) for token in range(learned, 320))
+    assert not processor.is_control(learned - 1)
+    # No text gives one, and they stand for no text.
+    assert max(tokenizer.encode("<unused_0> abd")) < learned
+    assert tokenizer.decode(list(range(learned, 320))) == ""
+    too_many = TokenizerOptions(vocab_size=300, pad_vocab_to_multiple=64, held_out_fraction=0)
+    with pytest.raises(DataError, match=f"--vocab-size 300 .* it gives {learned} pieces"):
+        train_tokenizer([path], tmp_path / "u", options=too_many)
+    assert not (tmp_path / "u.model").exists()
+
+
+def test_a_sample_is_chosen_by_hash_and_size_in_any_order(tmp_path: Path, jsonl: Path) -> None:
+    lines = jsonl.read_text("utf-8").splitlines()
+    texts = [json.loads(line)["text"].encode() for line in lines]
+    by_hash = sorted(texts, key=lambda text: hashlib.sha256(text).digest()[8:16])
+    total, chosen = 0, 0
+    while total + len(by_hash[chosen]) <= 20_000:
+        total += len(by_hash[chosen])
+        chosen += 1
+    assert 10 < chosen < len(texts)
+    shuffled = tmp_path / "shuffled.jsonl"
+    shuffled.write_text("\n".join(sorted(lines)) + "\n", "utf-8")
+    options = TokenizerOptions(vocab_size=400, sample_bytes=20_000, held_out_fraction=0)
+    kept = tmp_path / "kept.jsonl"
+    inside = set(by_hash[:chosen])
+    kept.write_text(
+        "".join(f"{line}\n" for line, text in zip(lines, texts, strict=True) if text in inside)
+    )
+    reports = [
+        train_tokenizer([path], tmp_path / "t", options=options, overwrite=True)
+        for path in (jsonl, kept, shuffled)
+    ]
+    for report in reports:
+        assert (report.training_documents, report.training_bytes) == (chosen, total)
+    assert reports[0].sha256 == reports[1].sha256
+    everything = TokenizerOptions(vocab_size=400, sample_bytes=0, held_out_fraction=0)
+    report = train_tokenizer([jsonl], tmp_path / "t", options=everything, overwrite=True)
+    assert (report.training_documents, report.training_bytes) == (
+        len(texts),
+        sum(map(len, texts)),
+    )
+
+
+def test_the_first_document_of_a_sample_may_be_larger_than_it(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("abc abd")
+    options = TokenizerOptions(vocab_size=265, sample_bytes=3, held_out_fraction=0)
+    report = train_tokenizer([path], tmp_path / "t", options=options)
+    assert (report.training_documents, report.training_bytes) == (1, 7)
+
+
+def test_compression_is_measured_on_a_bounded_sample(
+    tmp_path: Path, jsonl: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = TokenizerOptions(vocab_size=400, held_out_fraction=0.5)
+    whole = train_tokenizer([jsonl], tmp_path / "t", options=options)
+    monkeypatch.setattr(tokenizer_training, "MEASURED_BYTES", 5000)
+    part = train_tokenizer([jsonl], tmp_path / "u", options=options)
+    assert 1 < part.held_out_documents < whole.held_out_documents
+    assert part.training_documents == whole.training_documents
+    assert part.held_out_bytes_per_token is not None
+
+
+def test_the_corpus_is_read_once(
+    tmp_path: Path, sources: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    plain = tokenizer_training.read_documents
+
+    def spy(inputs: list[InputFile], **options: str) -> Iterator[Document]:
+        for document in plain(inputs, **options):
+            read.append(document.name)
+            yield document
+
+    monkeypatch.setattr(tokenizer_training, "read_documents", spy)
+    options = TokenizerOptions(vocab_size=400, held_out_fraction=0.3)
+    report = train_tokenizer(sources, tmp_path / "t", options=options)
+    assert read == [str(source) for source in sources]
+    assert report.training_documents + report.held_out_documents == len(sources)
 
 
 def test_an_existing_model_is_kept_without_overwrite(model_path: Path, sources: list[Path]) -> None:
