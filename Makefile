@@ -9,7 +9,7 @@ SHELL := /bin/bash
 
 BIN := .venv/bin
 SHELL_SCRIPTS = $(wildcard .ci/run tools/*.sh launch/*.sh launch/*.sbatch launch/*/*.sh \
-	launch/*/*.sbatch examples/*/*.sh)
+	launch/*/*.sbatch launch/env.example examples/*/*.sh)
 
 # Interpreter to make .venv from; empty: look for one. Used by tools/find_python.sh.
 PYTHON ?=
@@ -31,7 +31,8 @@ test: venv  ## unit and multi-process tests (ARGS="..." for pytest, WORKERS=n pr
 test-slow: venv  ## tests that take minutes
 	@tools/run_tests.sh -m slow $(ARGS)
 
-test-slurm: venv  ## tests that submit jobs to a Slurm on this machine
+test-slurm: venv  ## tests that start a Slurm of their own on this machine
+	@tools/find_slurm.sh
 	@tools/run_tests.sh -m slurm $(ARGS)
 
 test-gpu: venv  ## tests that need a CUDA device

@@ -1,26 +1,12 @@
-import os
-import re
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from tests.machines import link_commands, write_script
+
 ROOT = Path(__file__).parents[1]
-COMMANDS = (
-    "bash",
-    "cat",
-    "cmp",
-    "cp",
-    "dirname",
-    "grep",
-    "mkdir",
-    "mv",
-    "rm",
-    "sed",
-    "sort",
-    "tail",
-)
 
 # Stands for Python, its venv and its pip: makes an environment that holds a copy of itself, and
 # notes what pip is asked to do. The file `pip_breaks` makes pip fail as it does without a network.
@@ -46,13 +32,6 @@ NEW_PACKAGE = [
 ]
 
 
-def write_script(path: Path, text: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
-    path.chmod(0o755)
-    return path
-
-
 def fake_interpreter(path: Path, version: str, *, has_venv: bool = True) -> Path:
     return write_script(
         path,
@@ -68,11 +47,7 @@ def pyenv_shim(path: Path) -> Path:
 @pytest.fixture
 def commands(tmp_path: Path) -> Path:
     """A folder for PATH that has what the scripts call, and no Python."""
-    folder = tmp_path / "commands"
-    folder.mkdir()
-    for name in COMMANDS:
-        (folder / name).symlink_to(str(shutil.which(name)))
-    return folder
+    return link_commands(tmp_path / "commands")
 
 
 def find_python(
@@ -262,127 +237,3 @@ def test_failing_pip_shows_its_message_without_the_address_of_the_index(checkout
     assert "Cannot reach <index>" in result.stderr
     assert "index.example" not in result.stdout + result.stderr
     assert ".venv/install.log" in result.stderr
-
-
-def make(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    # MAKEFLAGS of a make that runs these tests would reach the one under test.
-    env = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
-    return subprocess.run(
-        ["make", *arguments], cwd=folder, env=env, capture_output=True, text=True, check=False
-    )
-
-
-@pytest.fixture
-def checked(tmp_path: Path) -> Path:
-    """A checkout whose tools all succeed, the tests with pytest's closing line."""
-    shutil.copytree(ROOT / ".ci", tmp_path / ".ci")
-    shutil.copy(ROOT / "Makefile", tmp_path)
-    for name in (".venv/bin/ruff", ".venv/bin/mypy", ".venv/bin/shellcheck"):
-        write_script(tmp_path / name, "#!/bin/sh\necho checked\n")
-    write_script(tmp_path / "tools/set_up_venv.sh", "#!/bin/sh\n")
-    write_script(tmp_path / "tools/run_tests.sh", "#!/bin/sh\necho ran >>runs\necho 3 passed\n")
-    return tmp_path
-
-
-def run_ci(folder: Path) -> subprocess.CompletedProcess[str]:
-    env = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
-    return subprocess.run(
-        ["bash", folder / ".ci/run"], env=env, capture_output=True, text=True, check=False
-    )
-
-
-def test_ci_runs_the_tests_once_and_ends_with_their_closing_line(checked):
-    result = run_ci(checked)
-
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines()[-1] == "3 passed"
-    assert (checked / "runs").read_text() == "ran\n"
-
-
-@pytest.mark.parametrize(
-    "step",
-    [
-        "tools/set_up_venv.sh",
-        ".venv/bin/ruff",
-        ".venv/bin/mypy",
-        ".venv/bin/shellcheck",
-        "tools/run_tests.sh",
-    ],
-)
-def test_ci_fails_when_any_step_fails(checked, step):
-    write_script(checked / step, "#!/bin/sh\nexit 1\n")
-
-    assert run_ci(checked).returncode != 0
-
-
-@pytest.mark.parametrize(
-    ("driver_output", "levels"),
-    [
-        (None, "not slow and not slurm and not gpu"),
-        ("No devices were found", "not slow and not slurm and not gpu"),
-        ("GPU 0: NVIDIA H100 80GB HBM3", "not slow and not slurm"),
-    ],
-)
-def test_gpu_tests_are_deselected_where_there_is_no_gpu(checked, commands, driver_output, levels):
-    shutil.copy(ROOT / "tools/run_tests.sh", checked / "tools")
-    write_script(checked / ".venv/bin/python", "#!/bin/sh\nprintf '%s,' \"$@\"\n")
-    if driver_output is not None:
-        write_script(checked / "driver/nvidia-smi", f"#!/bin/sh\necho '{driver_output}'\n")
-
-    result = subprocess.run(
-        [commands / "bash", checked / "tools/run_tests.sh", "-m", "slow"],
-        env={"PATH": f"{checked / 'driver'}:{commands}"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-
-    assert result.stdout == f"-m,pytest,-n,2,--dist,loadfile,-m,{levels},-m,slow,"
-
-
-def test_ci_without_make_names_what_to_install(checked, commands):
-    result = subprocess.run(
-        [commands / "bash", checked / ".ci/run"],
-        env={"PATH": str(commands)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-    assert result.returncode == 1
-    assert "apt-get install make" in result.stderr
-
-
-@pytest.mark.parametrize(
-    "target",
-    ["quickstart", "test", "test-slow", "lint", "format", "types", "shellcheck", "bench"],
-)
-def test_each_target_sets_up_first_and_stops_if_that_fails(checked, target):
-    for tool in ("python", "megatron-mup"):
-        write_script(checked / ".venv/bin" / tool, "#!/bin/sh\n")
-    working = make(checked, target)
-    write_script(checked / "tools/set_up_venv.sh", "#!/bin/sh\necho no Python >&2\nexit 1\n")
-    broken = make(checked, target)
-
-    assert working.returncode == 0, working.stderr
-    assert broken.returncode != 0
-    assert broken.stdout == ""
-    assert "no Python" in broken.stderr
-
-
-def test_quickstart_passes_text_and_out(checked):
-    write_script(checked / ".venv/bin/megatron-mup", "#!/bin/sh\nprintf '%s,' \"$@\"\n")
-
-    without = make(checked, "quickstart")
-    with_both = make(checked, "quickstart", "TEXT=my text.txt", "OUT=runs/a")
-
-    assert without.stdout == "quickstart,"
-    assert with_both.stdout == "quickstart,--text,my text.txt,--out,runs/a,"
-
-
-def test_help_is_the_default_and_lists_every_target():
-    targets = re.findall(r"^([a-z-]+):(?!=)", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    listed = re.findall(r"^  make ([a-z-]+) ", make(ROOT).stdout, re.MULTILINE)
-
-    assert sorted(listed) == sorted(targets)
-    assert {"quickstart", "test", "check", "bench"} <= set(listed)

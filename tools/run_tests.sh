@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Runs the unit and dist levels of the tests, and the gpu level where there is a GPU. Arguments go to
-# pytest; a `-m` among them replaces this choice of levels. WORKERS is the number of processes.
+# Runs the unit and dist levels of the tests, the gpu level where there is a GPU, and the slurm level
+# where Slurm is installed. Arguments go to pytest; a `-m` among them replaces this choice of levels.
+# WORKERS is the number of processes.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -8,7 +9,11 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # than any test, and a test must not reach for a display or a tracking server.
 export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TORCHDYNAMO_DISABLE=1 MPLBACKEND=Agg WANDB_MODE=offline
 
-levels="not slow and not slurm"
+levels="not slow"
+if ! missing=$(tools/find_slurm.sh 2>&1); then
+    levels+=" and not slurm"
+    [[ " $* " == *" -m "* ]] || echo "left out: tests of the level slurm. $missing" >&2
+fi
 if ! nvidia-smi -L 2>/dev/null | grep -q '^GPU'; then
     levels+=" and not gpu"
 fi
