@@ -14,6 +14,7 @@ import typer
 
 from megatron_mup.benchmark.compare import SIZES, compare
 from megatron_mup.benchmark.loop_cost import LoopCost, loop_cost
+from megatron_mup.benchmark.preprocessing_report import keep_section
 from megatron_mup.benchmark.report import (
     Comparison,
     circumstances,
@@ -52,7 +53,9 @@ def measure_and_report(
     loops, saves = _run_costs(steps=max(10, pairs // 10), saves=max(2, pairs // 25))
     command = f"python -m megatron_mup.benchmark --pairs {pairs} --threads {threads}"
     # The page is kept even when a limit is missed: a negative result is a result.
-    write(output, document(comparisons, loops, saves, circumstances(command)))
+    page = document(comparisons, loops, saves, circumstances(command))
+    old = output.read_text(encoding="utf-8") if output.exists() else ""
+    write(output, keep_section(old, page))
     for text in (table(comparisons), loop_table(loops), profile_table(loops), save_table(saves)):
         typer.echo(f"{text}\n")
     missed = _missed(comparisons, loops, saves)

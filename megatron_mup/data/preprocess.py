@@ -54,10 +54,10 @@ from megatron_mup.errors import DataError
 
 logger = logging.getLogger(__name__)
 
-# A fast engine must agree with the reference on the first documents before it is used; 0.2 s of
+# A fast engine must agree with the reference on the first documents before it is used; 0.1 s of
 # the reference's time.
 _SAMPLE_DOCUMENTS = 1000
-_SAMPLE_CHARACTERS = 1 << 20
+_SAMPLE_CHARACTERS = 1 << 19
 
 
 @dataclass(frozen=True, kw_only=True)
