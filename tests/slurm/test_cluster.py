@@ -38,14 +38,18 @@ def running(pids: list[int]) -> list[int]:
     return [pid for pid in pids if process_start(pid) is not None]
 
 
-def test_a_cluster_leaves_no_process_and_does_not_disturb_one_beside_it(cluster, tmp_path):
+def test_a_cluster_leaves_no_process_and_does_not_disturb_one_beside_it(
+    cluster, tmp_path, tmp_path_factory
+):
+    # A test's own folder bears its name, which is too long for sockets below it.
+    folder = tmp_path_factory.mktemp("two")
     started = tmp_path / "started"
     job = script(
         tmp_path,
         f"trap '' TERM\nsleep 601 & other=$!\necho $$ $other >{started}.tmp\n"
         f"mv {started}.tmp {started}\nsleep 602",
     )
-    with Cluster(tmp_path / "slurm", Layout(nodes=1, gpus_per_node=0, planned_nodes=0)) as other:
+    with Cluster(folder, Layout(nodes=1, gpus_per_node=0, planned_nodes=0)) as other:
         number = other.submit(f"--output={tmp_path / 'log'}", job)
         wait_until(started.exists, what=f"start of {other.jobs(number)}")
         jobs_own = [int(pid) for pid in started.read_text().split()]
@@ -59,9 +63,9 @@ def test_a_cluster_leaves_no_process_and_does_not_disturb_one_beside_it(cluster,
     assert cluster.run("srun", "-N2", "echo", "2").stdout == "2\n2\n"
 
 
-def test_the_daemons_end_when_the_tests_are_killed(installed_slurm, tmp_path):
+def test_the_daemons_end_when_the_tests_are_killed(installed_slurm, tmp_path_factory):
     holder = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, tmp_path / "slurm"],
+        [sys.executable, "-c", HOLDER, tmp_path_factory.mktemp("held")],
         cwd=ROOT,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -153,11 +157,13 @@ def test_a_command_that_waits_is_cut_off(cluster):
         cluster.run("srun", "-N2", "sleep", "2", seconds=0.5)
 
 
-def test_variables_of_a_job_around_the_tests_do_not_reach_the_cluster(tmp_path, monkeypatch):
+def test_variables_of_a_job_around_the_tests_do_not_reach_the_cluster(
+    tmp_path_factory, monkeypatch
+):
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SBATCH_PARTITION", "elsewhere")
 
-    env = Cluster(tmp_path).env
+    env = Cluster(tmp_path_factory.mktemp("c")).env
 
     assert [name for name in env if name.startswith(("SLURM", "SBATCH"))] == ["SLURM_CONF"]
 
