@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Annotated
 import torch
 import typer
 
+from megatron_mup.benchmark.command_line import run_command
 from megatron_mup.benchmark.compare import SIZES, compare
 from megatron_mup.benchmark.loop_cost import LoopCost, loop_cost
 from megatron_mup.benchmark.preprocessing_report import keep_section
@@ -26,7 +26,7 @@ from megatron_mup.benchmark.report import (
     write,
 )
 from megatron_mup.benchmark.save_cost import SaveCost, save_cost
-from megatron_mup.errors import ConfigError, MupError
+from megatron_mup.errors import ConfigError
 
 EXIT_TOO_SLOW = 1
 
@@ -101,12 +101,8 @@ def _run_costs(*, steps: int, saves: int) -> tuple[list[LoopCost], list[SaveCost
 
 
 def main() -> None:
-    """Run the command line; user errors end with one message and their exit code."""
-    try:
-        typer.run(measure_and_report)
-    except MupError as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(error.exit_code)
+    """Run the command line."""
+    run_command(measure_and_report)
 
 
 if __name__ == "__main__":

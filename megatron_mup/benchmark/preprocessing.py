@@ -18,6 +18,7 @@ from typing import Annotated
 import typer
 from sentencepiece import sentencepiece_model_pb2
 
+from megatron_mup.benchmark.command_line import run_command
 from megatron_mup.benchmark.preprocessing_inputs import (
     Prepared,
     enlarge,
@@ -53,7 +54,7 @@ from megatron_mup.benchmark.preprocessing_runs import (
 )
 from megatron_mup.data.engines import EngineOption
 from megatron_mup.data.tokenizer import load_tokenizer
-from megatron_mup.errors import ConfigError, MupError
+from megatron_mup.errors import ConfigError
 
 EXIT_TOO_SLOW = 1
 
@@ -287,12 +288,8 @@ def _write(output: Path, text: str) -> None:
 
 
 def main() -> None:
-    """Run the command line; user errors end with one message and their exit code."""
-    try:
-        typer.run(measure_and_report)
-    except MupError as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(error.exit_code)
+    """Run the command line."""
+    run_command(measure_and_report)
 
 
 if __name__ == "__main__":

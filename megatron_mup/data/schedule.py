@@ -215,10 +215,11 @@ def check_complete(work: Work, units_folder: Path) -> None:
     """
     expected: set[UnitKey] = set()
     for task in plan_tasks(work.files, unit_bytes=work.unit_bytes):
-        expected.add(task.key)
-        while isinstance(task, StreamTask) and _goes_on(units_folder, max(expected)):
-            key = max(expected)
-            expected.add(UnitKey(key.source, key.part + 1))
+        key = task.key
+        expected.add(key)
+        while isinstance(task, StreamTask) and _goes_on(units_folder, key):
+            key = key.following
+            expected.add(key)
     found = set(finished_keys(units_folder))
     if found != expected:
         name = min(found ^ expected).name
@@ -257,7 +258,7 @@ def _is_done(task: Task | StreamTask, settings: WorkSettings) -> bool:
     while (facts := _whole(settings, key)) is not None:
         if facts.last:
             return True
-        key = UnitKey(key.source, key.part + 1)
+        key = key.following
     return False
 
 

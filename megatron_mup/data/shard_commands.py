@@ -12,7 +12,7 @@ import typer
 
 from megatron_mup.data.blend_plan import FREE_EPOCHS, BlendPart, plan_blend, write_blend
 from megatron_mup.data.inspection import Inspection, LengthBin, inspect_prefix
-from megatron_mup.data.preprocess_command import parse_count
+from megatron_mup.data.preprocess_command import Overwrite, parse_count
 from megatron_mup.data.tokenizer import load_tokenizer
 from megatron_mup.data.verification import ShardReport
 from megatron_mup.data.verification import verify as verify_shards
@@ -168,9 +168,7 @@ def blend(
     expand_sets: Annotated[
         bool, typer.Option("--expand-sets", help="Write each shard, for Megatron-LM itself.")
     ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace existing output.")
-    ] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Plan a blend by tokens and write it for data.per_split_data_args_path."""
     tokens = parse_count(train_tokens, "--train-tokens")

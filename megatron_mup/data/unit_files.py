@@ -66,6 +66,11 @@ class UnitKey:
         """Stem of the unit's files; the names sort as the keys do."""
         return f"{self.source:07d}-{self.part:07d}"
 
+    @property
+    def following(self) -> UnitKey:
+        """The next unit of the same input."""
+        return UnitKey(self.source, self.part + 1)
+
 
 @dataclass(frozen=True, kw_only=True)
 class UnitFacts:
@@ -180,16 +185,6 @@ class UnitWriter:
         body = rows.tobytes()
         sums = SUMS.pack(self._checksum, zlib.crc32(body, zlib.crc32(line)))
         self.head = sums + line + b"\n" + body
-
-
-def write_unit(
-    folder: Path, key: UnitKey, *, facts: UnitFacts, rows: NDArray[np.void], ids: list[Any]
-) -> None:
-    """Publish a unit whose ids are all there; see ``unit_writer``."""
-    with unit_writer(folder, key) as writer:
-        for part in ids:
-            writer.add(part)
-        writer.finish(facts, rows)
 
 
 def whole_unit(folder: Path, key: UnitKey, *, token_bytes: int) -> UnitFacts | None:

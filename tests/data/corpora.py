@@ -12,7 +12,7 @@ import numpy as np
 
 from megatron_mup.data.assembly import AssemblyRequest
 from megatron_mup.data.shard_plan import SPLITS
-from megatron_mup.data.unit_files import ROW, UnitFacts, UnitKey, write_unit
+from megatron_mup.data.unit_files import ROW, UnitFacts, UnitKey, unit_writer
 
 INPUTS = ["a.jsonl", "b.jsonl.gz", "c.txt", "d.txt"]
 
@@ -53,7 +53,10 @@ def write_docs(
             "last": True,
             "raw_sha256": None,
         }
-        write_unit(work / "units", key, facts=UnitFacts(**known | facts), rows=rows, ids=ids)
+        with unit_writer(work / "units", key) as writer:
+            for part in ids:
+                writer.add(part)
+            writer.finish(UnitFacts(**known | facts), rows)
     return sorted(units)
 
 

@@ -96,6 +96,18 @@ def finished_units(folder: Path) -> int:
     return len(list(folder.glob("s.work/units/*.unit")))
 
 
+def wait_for_units(folder: Path, units: int) -> None:
+    deadline = time.monotonic() + _DEADLINE_SECONDS
+    while finished_units(folder) < units:
+        assert time.monotonic() < deadline
+
+
+def finish(process: subprocess.Popen[str], text: str | None = None) -> None:
+    """Let a run end by itself, and well."""
+    output, _ = process.communicate(text, timeout=_DEADLINE_SECONDS)
+    assert process.returncode == 0, output
+
+
 def kill_after(process: subprocess.Popen[str], folder: Path, units: int) -> list[psutil.Process]:
     """Kill as soon as so many units are there; returns the workers that the process had."""
     deadline = time.monotonic() + _DEADLINE_SECONDS
@@ -129,9 +141,7 @@ def test_killed_again_and_again_it_ends_with_the_same_bytes(
         assert finished_units(tmp_path) >= units + 5
         units = finished_units(tmp_path)
         assert [path.name for path in tmp_path.iterdir()] == ["s.work"]
-    process = start(script, model_path, corpus, tmp_path, workers)
-    output, _ = process.communicate(timeout=_DEADLINE_SECONDS)
-    assert process.returncode == 0, output
+    finish(start(script, model_path, corpus, tmp_path, workers))
     assert contents(tmp_path) == whole
 
 
@@ -139,17 +149,13 @@ def test_an_interrupt_ends_all_processes_and_keeps_what_is_finished(
     tmp_path: Path, script: Path, model_path: Path, corpus: Path, whole: dict[str, bytes]
 ) -> None:
     process = start(script, model_path, corpus, tmp_path, 2)
-    deadline = time.monotonic() + _DEADLINE_SECONDS
-    while finished_units(tmp_path) < 5:
-        assert time.monotonic() < deadline
+    wait_for_units(tmp_path, 5)
     children = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=_DEADLINE_SECONDS)
     _, alive = psutil.wait_procs(children, timeout=_DEADLINE_SECONDS)
     assert alive == []
-    process = start(script, model_path, corpus, tmp_path, 2)
-    output, _ = process.communicate(timeout=_DEADLINE_SECONDS)
-    assert process.returncode == 0, output
+    finish(start(script, model_path, corpus, tmp_path, 2))
     assert contents(tmp_path) == whole
 
 
@@ -157,9 +163,7 @@ def test_a_worker_that_dies_is_said_and_costs_only_its_unit(
     tmp_path: Path, script: Path, model_path: Path, corpus: Path, whole: dict[str, bytes]
 ) -> None:
     process = start(script, model_path, corpus, tmp_path, 2)
-    deadline = time.monotonic() + _DEADLINE_SECONDS
-    while finished_units(tmp_path) < 5:
-        assert time.monotonic() < deadline
+    wait_for_units(tmp_path, 5)
     # Workers are children of the server that they are forked from.
     parent = psutil.Process(process.pid)
     direct = parent.children()
@@ -169,8 +173,7 @@ def test_a_worker_that_dies_is_said_and_costs_only_its_unit(
     assert process.returncode == 1
     assert "a worker process died" in output
     assert "fewer --workers (2 now)" in output
-    process = start(script, model_path, corpus, tmp_path, 2)
-    assert process.wait(_DEADLINE_SECONDS) == 0
+    finish(start(script, model_path, corpus, tmp_path, 2))
     assert contents(tmp_path) == whole
 
 
@@ -206,9 +209,7 @@ def test_text_through_a_pipe_gives_the_same_shards(
     whole: dict[str, bytes],
     workers: int,
 ) -> None:
-    process = start(script, model_path, "-", tmp_path, workers)
-    output, _ = process.communicate(corpus.read_text("utf-8"), timeout=_DEADLINE_SECONDS)
-    assert process.returncode == 0, output
+    finish(start(script, model_path, "-", tmp_path, workers), corpus.read_text("utf-8"))
     assert shards(contents(tmp_path)) == shards(whole)
 
 
@@ -262,7 +263,5 @@ def test_a_pipe_is_read_again_after_a_kill_and_must_bring_the_same_text(
     process = start(script, model_path, "-", tmp_path, 2)
     output, _ = process.communicate(other + text, timeout=_DEADLINE_SECONDS)
     assert "standard input differs from the first run's at byte 0" in output
-    process = start(script, model_path, "-", tmp_path, 2)
-    output, _ = process.communicate(text, timeout=_DEADLINE_SECONDS)
-    assert process.returncode == 0, output
+    finish(start(script, model_path, "-", tmp_path, 2), text)
     assert shards(contents(tmp_path)) == shards(whole)

@@ -12,7 +12,7 @@ from megatron_mup.data.unit_files import (
     is_finished,
     read_facts,
     read_unit,
-    write_unit,
+    unit_writer,
 )
 from megatron_mup.errors import DataError
 
@@ -35,7 +35,10 @@ def folder(tmp_path: Path) -> Path:
     rows["length"] = [2, 3]
     rows["digest"] = np.frombuffer(b"\n" * 16 + b"b" * 16, ROW["digest"])
     ids = [np.array([1, 2], "<u2"), np.array([3, 4, 500], "<u2")]
-    write_unit(tmp_path, KEY, facts=FACTS, rows=rows, ids=ids)
+    with unit_writer(tmp_path, KEY) as writer:
+        for part in ids:
+            writer.add(part)
+        writer.finish(FACTS, rows)
     return tmp_path
 
 
