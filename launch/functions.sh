@@ -9,6 +9,11 @@ fail() {
     exit 2
 }
 
+# Print the comment at the top of a script.
+print_help() {
+    sed -e 1d -e '/^#SBATCH/,$d' -e 's/^# \{0,1\}//' "$1"
+}
+
 # Read the site's settings, if there are any, and find the command. Sets MEGATRON_MUP, the command
 # line that runs megatron-mup, and SITE_OPTIONS, options for sbatch.
 load_site() {

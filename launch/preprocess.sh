@@ -36,10 +36,17 @@ source "$here/functions.sh"
 read_arguments() {
     local argument previous='' input='' model=''
     PREFIX='' OVERWRITE=''
-    for argument in "$@"; do
+    # The empty one at the end stands for the value that the last option may lack.
+    for argument in "$@" ''; do
+        case $previous in
+            --input | --tokenizer-model | --output-prefix)
+                [[ -n $argument && $argument != --* ]] || fail "$previous has no value; pass a path"
+                ;;
+        esac
         case $argument in
             --part | --part=*) fail "this script gives --part to each job; leave it out, set PARTS" ;;
             - | --input=-) fail "--input - is standard input, which a job lacks; pass files" ;;
+            --input= | --tokenizer-model=) fail "${argument%=} has no value; pass a path" ;;
             --input | --input=*) input=yes ;;
             --tokenizer-model | --tokenizer-model=*) model=yes ;;
             --output-prefix=*) PREFIX=${argument#*=} ;;
@@ -48,9 +55,10 @@ read_arguments() {
         [[ $previous != --output-prefix ]] || PREFIX=$argument
         previous=$argument
     done
-    [[ -n $input ]] || fail "--input is missing; pass files, folders or quoted globs"
-    [[ -n $model ]] || fail "--tokenizer-model is missing; pass a .model or a tokenizer.json"
-    [[ -n $PREFIX ]] || fail "--output-prefix is missing; pass where the shards go"
+    [[ -n $input ]] || fail "--input is missing; pass files, folders or quoted globs; see --help"
+    [[ -n $model ]] ||
+        fail "--tokenizer-model is missing; pass a .model or a tokenizer.json; see --help"
+    [[ -n $PREFIX ]] || fail "--output-prefix is missing; pass where the shards go; see --help"
 }
 
 # Which manifest is there: its inode and time, or "none".
@@ -62,6 +70,10 @@ submit_jobs() {
     [[ $PARTS =~ ^[1-9][0-9]*$ ]] || fail "PARTS is $PARTS; set the number of jobs, e.g. PARTS=8"
     [[ -z ${SLURM_ARRAY_TASK_ID:-} ]] || fail "sbatch got --array; leave it out and set PARTS"
     read_arguments "$@"
+    type -P sbatch >/dev/null ||
+        fail "sbatch is not there: run this where Slurm is, or without Slurm run on each machine" \
+            "\`megatron-mup data preprocess ... --part i/N\` with its own i from 1 to N, and then" \
+            "the same command without --part on one of them"
     [[ $(manifest_stamp) == none || -n $OVERWRITE || -e $PREFIX.work ]] ||
         fail "output exists: $PREFIX.manifest.json; pass --overwrite or another --output-prefix"
     local logs inherited options=(--requeue --open-mode=append) array last
@@ -73,7 +85,8 @@ submit_jobs() {
     fi
     options+=("${SITE_OPTIONS[@]}")
     array=$(sbatch --parsable "${options[@]}" --array="0-$((PARTS - 1))" \
-        --output="$logs/%x-%A_%a.out" "$here/preprocess.sh" part "$@")
+        --output="$logs/%x-%A_%a.out" "$here/preprocess.sh" part "$@") ||
+        fail "sbatch refused the jobs (see above); nothing was submitted"
     array=${array%%;*}
     if ! last=$(sbatch --parsable "${options[@]}" --dependency="afterany:$array" \
         --job-name=preprocess-finish --output="$logs/%x-%j.out" \
@@ -105,6 +118,12 @@ finish() {
     exec "${MEGATRON_MUP[@]}" data verify --workers "$WORKERS" "$PREFIX"
 }
 
+for argument in "$@"; do
+    if [[ $argument == --help ]]; then
+        print_help "$0"
+        exit
+    fi
+done
 PARTS=${PARTS:-8}
 LOGS=${LOGS:-logs/preprocess}
 load_site

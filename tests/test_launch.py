@@ -105,7 +105,11 @@ def test_an_array_and_a_job_after_it_get_the_arguments_unchanged(login):
         (GOOD[3:], {}, "--input is missing"),
         (GOOD[:3] + GOOD[5:], {}, "--tokenizer-model is missing"),
         (GOOD[:5], {}, "--output-prefix is missing"),
-        ([*GOOD[:5], "--output-prefix"], {}, "--output-prefix is missing"),
+        ([*GOOD[:5], "--output-prefix"], {}, "--output-prefix has no value; pass a path"),
+        (["--input", *GOOD[3:]], {}, "--input has no value"),
+        (["--input=", *GOOD[3:]], {}, "--input has no value"),
+        ([*GOOD[:4], *GOOD[5:]], {}, "--tokenizer-model has no value"),
+        ([*GOOD[:4], "", *GOOD[5:]], {}, "--tokenizer-model has no value"),
         ([*GOOD[:5], "--output-prefix="], {}, "--output-prefix is missing"),
         ([*GOOD, "--part", "1/2"], {}, "--part"),
         ([*GOOD, "--part=1/2"], {}, "--part"),
@@ -124,6 +128,42 @@ def test_mistakes_are_refused_before_anything_is_submitted(login, arguments, env
     assert result.stderr.startswith("error: ")
     assert message in result.stderr
     assert login.submitted() == []
+
+
+def test_help_is_the_comment_at_the_top_and_submits_nothing(login):
+    # Wherever it stands, and before anything is looked for.
+    for arguments in (["--help"], [*GOOD, "--help"]):
+        result = login.launch(*arguments, MEGATRON_MUP="/no/such/command")
+
+        assert (result.returncode, result.stderr) == (0, "")
+        lines = result.stdout.splitlines()
+        assert lines[0].startswith("Make token shards on many machines")
+        assert "PARTS; WORKERS, processes of a job" in result.stdout
+        assert not any(line.startswith("#") or "SBATCH" in line for line in lines)
+    assert login.submitted() == []
+
+
+def test_without_sbatch_the_way_by_hand_is_told(login, tmp_path):
+    needed = ("bash", "cat", "dirname", "mkdir", "realpath", "sed", "stat")
+    (tmp_path / "few").mkdir()
+    for name in needed:
+        (tmp_path / "few" / name).symlink_to(str(shutil.which(name)))
+    (tmp_path / "few/megatron-mup").symlink_to(tmp_path / "bin/megatron-mup")
+
+    result = login.launch(*GOOD, PATH=str(tmp_path / "few"))
+
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: sbatch is not there")
+    assert "megatron-mup data preprocess ... --part i/N" in result.stderr
+    assert list(login.folder.iterdir()) == []
+
+
+def test_an_array_that_is_refused_ends_with_a_message(login):
+    result = login.launch(*GOOD, REFUSED="11")
+
+    assert result.returncode == 2
+    assert "sbatch refused the jobs (see above); nothing was submitted" in result.stderr
+    assert len(login.submitted()) == 1
 
 
 def test_finished_output_is_refused_unless_it_is_to_be_replaced(login):

@@ -6,13 +6,15 @@ Must not import torch.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_mup.data.blend import expand_blend, parse_blend
+from megatron_mup.data.manifest import job_manifest_path, read_job_manifest
 from megatron_mup.data.publication import check_writable, publish_text
-from megatron_mup.data.shard_sets import set_info
+from megatron_mup.data.shard_sets import SetInfo, expand, named_prefix, set_info
 from megatron_mup.data.shards import check_one_tokenizer
 from megatron_mup.errors import DataError
 
@@ -60,11 +62,13 @@ def plan_blend(
         The parts in the order of ``paths``.
 
     Raises:
-        DataError: A shard is missing or damaged, a prefix is named twice, or a number does not fit.
+        DataError: A shard is missing or damaged, named twice, or a number does not fit.
     """
     prefixes, weights = parse_blend(paths)
     _check_plan(prefixes, weights, train_tokens=train_tokens, temperature=temperature)
-    infos = [set_info(Path(prefix)) for prefix in prefixes]
+    infos = [_blended(prefix) for prefix in prefixes]
+    prefixes = [str(info.prefix) for info in infos]
+    _owners(prefixes)
     check_one_tokenizer(shard for info in infos for shard in info.shards)
     if weights is None:
         # Relative to the largest, because a power of billions of tokens overflows.
@@ -116,12 +120,15 @@ def write_blend(
         overwrite: Replace an existing file.
 
     Raises:
-        DataError: The file exists or cannot be written, or a held-out shard is missing.
+        DataError: The file exists or cannot be written, or a held-out shard is missing or is
+            trained on.
     """
     check_writable([output], overwrite=overwrite, option="--output")
-    train = [entry for part in parts for entry in (f"{part.weight:.12g}", part.prefix)]
-    for prefix in parse_blend(valid)[0]:
-        set_info(Path(prefix))
+    train = _in_turn([part.weight for part in parts], [part.prefix for part in parts])
+    named, weights = parse_blend(valid)
+    held_out = [str(_blended(prefix).prefix) for prefix in named]
+    _check_held_out([part.prefix for part in parts], held_out)
+    valid = held_out if weights is None else _in_turn(weights, held_out)
     if expand_sets:
         train, valid = _expanded(train), _expanded(valid)
     # Megatron-LM asks for all three splits, and takes null for none.
@@ -131,7 +138,43 @@ def write_blend(
 
 def _expanded(paths: Sequence[str]) -> list[str]:
     shards, weights = expand_blend(parse_blend(paths))
-    if weights is None:
-        return shards
-    pairs = zip(weights, shards, strict=True)
-    return [entry for weight, shard in pairs for entry in (f"{weight:.12g}", shard)]
+    return shards if weights is None else _in_turn(weights, shards)
+
+
+def _in_turn(weights: Sequence[float], prefixes: Sequence[str]) -> list[str]:
+    pairs = zip(weights, prefixes, strict=True)
+    return [entry for weight, prefix in pairs for entry in (f"{weight:.12g}", prefix)]
+
+
+def _blended(named: str) -> SetInfo:
+    """The shard or set that a user means; raises DataError for a job of several splits."""
+    prefix = named_prefix(Path(named))
+    path = job_manifest_path(prefix)
+    if path.is_file() and len(splits := read_job_manifest(path).splits) > 1:
+        names = ", ".join(f"{prefix}_{split}" for split in splits)
+        raise DataError(f"{named} is a whole job; name a split of it: {names}")
+    return set_info(prefix)
+
+
+def _owners(prefixes: Sequence[str]) -> dict[str, str]:
+    """Real path of each shard -> the prefix that names it; raises DataError for one named twice."""
+    owners: dict[str, str] = {}
+    for prefix in prefixes:
+        for shard in expand(Path(prefix)):
+            # The .idx, because a folder of links has links to files.
+            path = os.path.realpath(f"{shard}.idx")
+            if path in owners:
+                raise DataError(f"{shard} is part of {owners[path]} and of {prefix}; name it once")
+            owners[path] = prefix
+    return owners
+
+
+def _check_held_out(train: Sequence[str], valid: Sequence[str]) -> None:
+    owners = _owners(train)
+    for path, prefix in _owners(valid).items():
+        if path in owners:
+            raise DataError(
+                f"--valid {prefix} and the training blend's {owners[path]} hold the same shard "
+                f"({Path(path).stem}): a loss on text that was trained on tells nothing; hold out "
+                "other text (`data preprocess --valid-fraction`)"
+            )

@@ -2,7 +2,7 @@
 
 The reference is the library that defines the model (``tokenizer``). A faster engine is taken only
 where it is known to agree: on a sample of the corpus and on hard strings before the run
-(``choose_engine``), and on one document of 512 during it (``audit``). The ids therefore never
+(``choose_engine``), and on one document of 1024 during it (``audit``). The ids therefore never
 depend on the engine. The libraries themselves are in ``fast_engines``.
 """
 
@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
+from megatron_mup.data.engine_models import EngineUnavailableError
 from megatron_mup.data.fast_engines import (
-    EngineUnavailableError,
     build_gigatoken,
     build_splintr,
     fast_engines_for,
+    gigatoken_model,
     model_facts,
 )
 from megatron_mup.data.tokenizer import Encoded, Tokenizer
@@ -30,7 +31,7 @@ logger = logging.getLogger(__name__)
 REFERENCE = "reference"
 """Name of the engine that defines the ids."""
 
-AUDITED_SHARE = 512
+AUDITED_SHARE = 1024
 """One document of so many is encoded a second time, by the reference, during a run."""
 
 _AUDIT_BYTES = slice(20, 22)
@@ -110,12 +111,26 @@ class _Reference:
         return self._tokenizer.encode_flat(texts)
 
 
-def build_engine(tokenizer: Tokenizer, name: str) -> Engine:
+def engine_model(tokenizer: Tokenizer, name: str) -> bytes | None:
+    """Translate a model for an engine, where that takes longer than all else of its start.
+
+    Args:
+        tokenizer: The tokenizer.
+        name: What ``choose_engine`` returned.
+
+    Returns:
+        For ``build_engine`` in other processes; None if there is nothing to translate.
+    """
+    return gigatoken_model(tokenizer) if name == "gigatoken" else None
+
+
+def build_engine(tokenizer: Tokenizer, name: str, model: bytes | None = None) -> Engine:
     """Load an engine into this process.
 
     Args:
         tokenizer: The tokenizer that it replaces.
         name: What ``choose_engine`` returned.
+        model: What ``engine_model`` returned; None translates the model here if need be.
 
     Returns:
         The engine.
@@ -123,15 +138,16 @@ def build_engine(tokenizer: Tokenizer, name: str) -> Engine:
     Raises:
         DataError: The engine's package is missing, or it cannot take this model.
     """
-    builders = {"gigatoken": build_gigatoken, "splintr": build_splintr}
     if name == REFERENCE:
         return _Reference(tokenizer)
-    if name not in builders:
-        raise DataError(f"--engine is {name!r}; pass one of {', '.join(EngineOption)}")
     try:
-        return builders[name](tokenizer)
+        if name == "gigatoken":
+            return build_gigatoken(tokenizer, model)
+        if name == "splintr":
+            return build_splintr(tokenizer)
     except EngineUnavailableError as error:
         raise DataError(f"--engine {name} cannot be used: {error}; pass --engine auto") from error
+    raise DataError(f"--engine is {name!r}; pass one of {', '.join(EngineOption)}")
 
 
 def choose_engine(tokenizer: Tokenizer, option: EngineOption, sample: Sequence[str]) -> str:
@@ -188,7 +204,7 @@ def _choose_automatically(tokenizer: Tokenizer, sample: Sequence[str]) -> str:
         reasons.append(str(error))
     logger.info(
         "tokenizing with the reference engine: %s",
-        "; ".join(reasons) or "no fast engine takes this type of model",
+        "; ".join(reasons) or "no fast engine gains on this type of model",
     )
     return REFERENCE
 

@@ -71,6 +71,9 @@ _MAGICS = {
     # Seekable and parallel zstd writers may begin with one of 16 kinds of skippable frames.
     **{bytes([0x50 + kind, 0x2A, 0x4D, 0x18]): "zstd" for kind in range(16)},
 }
+_SHARD_INDEX = b"MMIDIDX"
+"""The first bytes of an .idx file: ``shards.INDEX_MAGIC``, without loading NumPy."""
+
 _SUFFIX_OF = {"gzip": ".gz", "zstd": ".zst", "xz": ".xz", _PARQUET: ".parquet"}
 
 _FINGERPRINT_BYTES = 64 << 10
@@ -238,6 +241,7 @@ def _input_file(name: str, input_format: InputFormat | None) -> InputFile:
     suffix, compression = _suffixes(name)
     chosen = input_format or _FORMATS.get(suffix, InputFormat.TEXT)
     head, size = _look(name)
+    _refuse_shard(name, head)
     if suffix == ".tar":
         raise DataError(f"input {name} is an archive of files; unpack it and pass the files")
     if chosen is InputFormat.PARQUET and compression is not Compression.NONE:
@@ -272,6 +276,20 @@ def _look(name: str) -> tuple[bytes, int]:
             return stream.read(8), facts.st_size
     except OSError as error:
         raise unreadable(name, error) from error
+
+
+def _refuse_shard(name: str, head: bytes) -> None:
+    """Refuse the files of a token shard; other files may end in .bin as well."""
+    stem, suffix = os.path.splitext(name)
+    if suffix == ".bin" and os.path.isfile(f"{stem}.idx"):
+        head = _look(f"{stem}.idx")[0]
+    elif suffix != ".idx":
+        return
+    if head.startswith(_SHARD_INDEX):
+        raise DataError(
+            f"input {name} belongs to the token shard {stem}, which is tokenized already; pass the "
+            "text to --input, or train with the shard as it is (data.train_data_path)"
+        )
 
 
 def _check_head(

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_mup.data.manifest import JobManifest, job_manifest_path, read_job_manifest
-from megatron_mup.data.shard_sets import expand, job_shards
+from megatron_mup.data.shard_sets import expand, job_shards, named_prefix
 from megatron_mup.data.shards import (
     ShardInfo,
     check_tokenizer,
@@ -193,7 +193,7 @@ def inspect_prefix(
     """Read a shard, a set or the output of a whole job and summarize it.
 
     Args:
-        prefix: Of a shard or set, or the output prefix of a job.
+        prefix: Of a shard or set, or the output prefix of a job, or one of their files.
         tokenizer: Decodes the samples; its vocabulary must hold every id.
         samples: Documents to decode, drawn without repetition.
         seed: Of the drawing.
@@ -202,8 +202,10 @@ def inspect_prefix(
         The summary.
 
     Raises:
-        DataError: As ``open_shard``, or a shard was made with another tokenizer.
+        DataError: As ``named_prefix`` and ``open_shard``, or a shard was made with another
+            tokenizer.
     """
+    prefix = named_prefix(prefix)
     path = job_manifest_path(prefix)
     job = read_job_manifest(path) if path.is_file() else None
     splits = job_shards(prefix, job) if job else {str(prefix): expand(prefix)}

@@ -22,7 +22,7 @@ import numpy as np
 from megatron_mup.data.assembly import AssemblyRequest, assemble
 from megatron_mup.data.batches import MAX_DOCUMENT_BYTES
 from megatron_mup.data.documents import check_fraction
-from megatron_mup.data.engines import REFERENCE, EngineOption, choose_engine
+from megatron_mup.data.engines import REFERENCE, EngineOption, choose_engine, engine_model
 from megatron_mup.data.inputs import STDIN, InputFile, InputFormat, find_inputs, fingerprint
 from megatron_mup.data.manifest import JobManifest
 from megatron_mup.data.parquet import check_column
@@ -36,6 +36,7 @@ from megatron_mup.data.schedule import (
     finished_keys,
     first_texts,
     tokenize_units,
+    units_left,
 )
 from megatron_mup.data.shard_publication import (
     begun_publication,
@@ -284,11 +285,13 @@ class _Job:
 
     def _tokenize(self) -> Tally:
         """Tokenize the units that are not finished; with the reference if an engine is wrong."""
-        engine = self._choose_engine()
-        if engine == REFERENCE:
-            self._drop_rejected_units()
+        self._drop_rejected_units()
         work = self._all_work()
-        tally = tokenize_units(work, self._settings(engine), self.tokenizer, self.progress)
+        left = units_left(work, self._settings(REFERENCE))
+        if not left.tasks:
+            return Tally()
+        engine = self._choose_engine()
+        tally = tokenize_units(left, work, self._settings(engine), self.tokenizer, self.progress)
         if tally.mismatch is None:
             return tally
         logger.warning(
@@ -349,6 +352,7 @@ class _Job:
             model=self.tokenizer.model,
             eod_token=self.tokenizer.eod_token,
             engine=engine,
+            engine_model=engine_model(self.tokenizer, engine),
             json_key=options.json_key,
             append_eod=options.append_eod,
             valid_fraction=options.valid_fraction,

@@ -1,7 +1,7 @@
 """``megatron-mup data preprocess``: reads arguments, makes shards, prints what it made.
 
-Accepts the flags of Megatron-LM's ``tools/preprocess_data.py`` by name; those that ask for what is
-not offered are refused, those that change nothing here are hidden.
+The flags of Megatron-LM's ``tools/preprocess_data.py`` that are no options here are
+``megatron_flags``'.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ Inputs = Annotated[
         "--input",
         help="JSON lines, text (one document a file) or Parquet, plain or .gz, .zst, .xz; a file, "
         "a folder, a quoted glob, or - for standard input. May be repeated.",
+        metavar="FILE",
     ),
 ]
 MoreInputs = Annotated[
@@ -47,19 +48,29 @@ MoreInputs = Annotated[
 JsonKey = Annotated[
     str,
     typer.Option(
-        "--json-key", "--json-keys", help="Key of the text in JSON lines, column in Parquet."
+        "--json-key",
+        "--json-keys",
+        help="Key of the text in JSON lines, column in Parquet.",
+        metavar="KEY",
     ),
 ]
 TokenizerModel = Annotated[
-    Path, typer.Option(help="A sentencepiece .model, or a Hugging Face tokenizer.json.")
+    Path,
+    typer.Option(help="A sentencepiece .model, or a Hugging Face tokenizer.json.", metavar="FILE"),
 ]
 EodToken = Annotated[
     str | None,
-    typer.Option(help="The piece that ends a document, where the tokenizer does not tell."),
+    typer.Option(
+        help="The piece that ends a document, where the tokenizer does not tell.", metavar="PIECE"
+    ),
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing output.")]
 OutputPrefix = Annotated[
-    Path, typer.Option(help="Shards are PREFIX_train, PREFIX_valid, PREFIX_test, or PREFIX alone.")
+    Path,
+    typer.Option(
+        help="Shards are PREFIX_train, PREFIX_valid, PREFIX_test, or PREFIX alone.",
+        metavar="PREFIX",
+    ),
 ]
 Format = Annotated[
     InputFormat | None, typer.Option(help="Format of all inputs; default: by file name.")
@@ -103,11 +114,8 @@ Share = Annotated[
 LogInterval = Annotated[
     float, typer.Option(help="Seconds between lines of progress; 0 prints none.")
 ]
-# Megatron-LM's, of which nothing depends here or which are refused.
-HiddenText = Annotated[str | None, typer.Option(hidden=True)]
-HiddenNumber = Annotated[int | None, typer.Option(hidden=True)]
-SplitSentences = Annotated[bool, typer.Option("--split-sentences", hidden=True)]
-KeepSequentialSamples = Annotated[bool, typer.Option("--keep-sequential-samples", hidden=True)]
+# Megatron-LM's; the file says what it is.
+TokenizerType = Annotated[str | None, typer.Option(hidden=True)]
 
 _SENTENCEPIECE_TYPES = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
 _TOKENIZER_TYPES = {
@@ -137,12 +145,7 @@ def preprocess_command(
     part: Share = None,
     overwrite: Overwrite = False,
     log_interval: LogInterval = 10.0,
-    tokenizer_type: HiddenText = None,
-    split_sentences: SplitSentences = False,
-    vocab_file: HiddenText = None,
-    merge_file: HiddenText = None,
-    partitions: HiddenNumber = None,
-    keep_sequential_samples: KeepSequentialSamples = False,
+    tokenizer_type: TokenizerType = None,
 ) -> None:
     """Tokenize documents into Megatron token shards (.bin and .idx).
 
@@ -151,7 +154,6 @@ def preprocess_command(
     """
     # Before any other name is bound: the options have the names of their fields.
     given = locals()
-    _refuse_foreign_flags(split_sentences=split_sentences, vocab_file=vocab_file or merge_file)
     tokenizer = load_tokenizer(tokenizer_model, eod_token=eod_token)
     _check_type(tokenizer_type, tokenizer.kind)
     inputs = [*(input or []), *(more_inputs or [])]
@@ -187,12 +189,14 @@ def _run(
             output_prefix,
             tokenizer=tokenizer,
             options=options,
-            progress=lambda progress: lines.show(progress_line(progress)),
+            progress=lines.show_progress,
             shard_progress=lambda done, total: lines.show(f"{done} of {total} shards made"),
         )
     except KeyboardInterrupt:
         typer.echo("stopped; the same command goes on where it ended", err=True)
         raise
+    if lines.progress is not None:
+        typer.echo(tokenized_line(lines.progress))
     typer.echo(f"done in {time.monotonic() - begun:.1f} s")
     if isinstance(result, JobManifest):
         _print_manifest(result, output_prefix)
@@ -238,18 +242,6 @@ def parse_part(text: str) -> Part:
     return Part(int(match[1]), int(match[2]))
 
 
-def _refuse_foreign_flags(*, split_sentences: bool, vocab_file: str | None) -> None:
-    if split_sentences:
-        raise DataError(
-            "--split-sentences is for BERT and is not offered; a document is one sequence here"
-        )
-    if vocab_file is not None:
-        raise DataError(
-            f"--vocab-file and --merge-file ({vocab_file}) are not read; pass a tokenizer.json "
-            "to --tokenizer-model (transformers' save_pretrained writes one)"
-        )
-
-
 def _check_type(tokenizer_type: str | None, kind: str) -> None:
     """Compare Megatron's --tokenizer-type with what the file holds."""
     if tokenizer_type is not None and _TOKENIZER_TYPES.get(tokenizer_type) != kind:
@@ -264,6 +256,12 @@ class _Lines:
 
     def __init__(self, interval_seconds: float) -> None:
         self._interval, self._last = interval_seconds, time.monotonic()
+        self.progress: Progress | None = None
+
+    def show_progress(self, progress: Progress) -> None:
+        """Note how far the tokenization is, and show it."""
+        self.progress = progress
+        self.show(progress_line(progress))
 
     def show(self, line: str) -> None:
         """Print a line, unless the one before was printed a moment ago."""
@@ -275,12 +273,11 @@ class _Lines:
 
 def progress_line(progress: Progress) -> str:
     """Return one line about the work so far."""
-    speed = progress.text_bytes / 1e6 / max(progress.seconds, 1e-9)
     parts = [
         f"{progress.documents} documents",
         f"{progress.text_bytes / 1e6:.0f} MB of text",
         f"{progress.tokens} tokens",
-        f"{speed:.1f} MB/s",
+        f"{_speed(progress):.1f} MB/s",
     ]
     if progress.total_units is None:
         return f"{progress.units} units: {', '.join(parts)}"
@@ -290,8 +287,24 @@ def progress_line(progress: Progress) -> str:
     return f"{progress.units} of {progress.total_units} units{before}: {', '.join(parts)}"
 
 
+def tokenized_line(progress: Progress) -> str:
+    """Return one line about the tokenization that this run did."""
+    return (
+        f"tokenized {progress.text_bytes / 1e6:.1f} MB of text in {progress.seconds:.1f} s: "
+        f"engine {progress.engine}, {_speed(progress):.1f} MB/s"
+    )
+
+
+def _speed(progress: Progress) -> float:
+    """Megabytes of text a second."""
+    return progress.text_bytes / 1e6 / max(progress.seconds, 1e-9)
+
+
 def _print_manifest(manifest: JobManifest, output_prefix: Path) -> None:
     for split, shards in manifest.splits.items():
+        if not shards:
+            typer.echo(f"{split:>5}: no document, no shard")
+            continue
         tokens, documents = sum(s.tokens for s in shards), sum(s.documents for s in shards)
         name = shards[0].name if len(shards) == 1 else f"{shards[0].name} ... {shards[-1].name}"
         ratio = sum(s.text_bytes for s in shards) / tokens

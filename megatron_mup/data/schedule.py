@@ -14,9 +14,10 @@ import re
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from megatron_mup.data.documents import read_text
 from megatron_mup.data.inputs import STDIN, InputFile, InputFormat
@@ -85,6 +86,9 @@ class Progress:
     seconds: float
     """Wall time since the first unit was begun."""
 
+    engine: str
+    """What encodes."""
+
 
 @dataclass
 class Tally:
@@ -108,17 +112,11 @@ class Tally:
         self.tokens += outcome.tokens
         self.text_bytes += outcome.text_bytes
 
-    def progress(self, *, total_units: int | None, earlier_units: int, seconds: float) -> Progress:
-        """How far that is."""
-        return Progress(
-            units=self.units,
-            total_units=total_units,
-            earlier_units=earlier_units,
-            documents=self.documents,
-            tokens=self.tokens,
-            text_bytes=self.text_bytes,
-            seconds=seconds,
-        )
+    def progress(self, **of_run: Any) -> Progress:
+        """How far that is; ``of_run`` are the fields of ``Progress`` that are not counted here."""
+        counts = asdict(self)
+        del counts["mismatch"]
+        return Progress(**counts, **of_run)
 
 
 def finished_keys(units_folder: Path) -> list[UnitKey]:
@@ -144,7 +142,19 @@ class Work:
     """Processes; 1 works in this one."""
 
 
+@dataclass(frozen=True)
+class UnitsLeft:
+    """What is not finished of a command's share."""
+
+    tasks: list[Task | StreamTask]
+    """In order; of streams, those of which a unit may be left."""
+
+    finished: int
+    """Number of the other tasks."""
+
+
 def tokenize_units(
+    left: UnitsLeft,
     work: Work,
     settings: WorkSettings,
     tokenizer: Tokenizer,
@@ -153,6 +163,7 @@ def tokenize_units(
     """Tokenize the units that are not finished.
 
     Args:
+        left: What ``units_left`` found.
         work: The inputs and the share of them.
         settings: How.
         tokenizer: For the work in this process.
@@ -165,16 +176,16 @@ def tokenize_units(
     Raises:
         DataError: A bad document or input, or a worker died.
     """
-    planned, earlier = _left(work, settings)
+    planned, earlier = left.tasks, left.finished
     total = None if any(isinstance(task, StreamTask) for task in planned) else len(planned)
+    of_run = {"total_units": total, "earlier_units": earlier, "engine": settings.engine}
     tally, started = Tally(), time.monotonic()
     with contextlib.closing(_tasks(planned, work, settings)) as tasks:
         for outcome in _outcomes(tasks, work.workers, settings, tokenizer):
             tally.add(outcome)
             if tally.mismatch is not None:
                 break
-            seconds = time.monotonic() - started
-            progress(tally.progress(total_units=total, earlier_units=earlier, seconds=seconds))
+            progress(tally.progress(**of_run, seconds=time.monotonic() - started))
     return tally
 
 
@@ -233,8 +244,19 @@ def _goes_on(units_folder: Path, key: UnitKey) -> bool:
     return is_finished(units_folder, key) and not read_facts(units_folder, key).last
 
 
-def _left(work: Work, settings: WorkSettings) -> tuple[list[Task | StreamTask], int]:
-    """This part's tasks that are not finished, and the number of those that are."""
+def units_left(work: Work, settings: WorkSettings) -> UnitsLeft:
+    """Look through the units that earlier runs have finished.
+
+    Args:
+        work: The inputs and the share of them.
+        settings: Of these, where the units are and how large an id is.
+
+    Returns:
+        The tasks that are left.
+
+    Raises:
+        DataError: A file cannot be opened.
+    """
     planned = plan_tasks(work.files, unit_bytes=work.unit_bytes)
     if work.part is not None:
         planned = islice(planned, work.part.number - 1, None, work.part.count)
@@ -245,7 +267,7 @@ def _left(work: Work, settings: WorkSettings) -> tuple[list[Task | StreamTask], 
             finished += 1
         else:
             left.append(task)
-    return left, finished
+    return UnitsLeft(left, finished)
 
 
 def _is_done(task: Task | StreamTask, settings: WorkSettings) -> bool:

@@ -13,10 +13,9 @@ import typer
 from megatron_mup.data.blend_plan import FREE_EPOCHS, BlendPart, plan_blend, write_blend
 from megatron_mup.data.inspection import Inspection, LengthBin, inspect_prefix
 from megatron_mup.data.preprocess_command import Overwrite, parse_count
-from megatron_mup.data.tokenizer import load_tokenizer
-from megatron_mup.data.verification import ShardReport
+from megatron_mup.data.tokenizer import load_tokenizer, read_model
+from megatron_mup.data.verification import DamagedShardsError, ShardReport
 from megatron_mup.data.verification import verify as verify_shards
-from megatron_mup.errors import DataError
 
 _BAR = 40
 _SHOWN_PLACES = 5
@@ -25,7 +24,11 @@ _SHOWN_PROBLEMS = 5
 
 def inspect(
     prefix: Annotated[
-        Path, typer.Argument(help="Shard or set without .bin or .idx, or a job's output prefix.")
+        Path,
+        typer.Argument(
+            help="Shard, set of shards, or a job's output prefix; .bin and .idx may be left out.",
+            metavar="PREFIX",
+        ),
     ],
     tokenizer_model: Annotated[Path | None, typer.Option(help="Decodes the samples.")] = None,
     samples: Annotated[int, typer.Option(min=0, help="Documents to decode, drawn by --seed.")] = 3,
@@ -41,7 +44,7 @@ def inspect(
         for line in _inspection_lines(found):
             typer.echo(line)
     if found.altered_files:
-        raise DataError(
+        raise DamagedShardsError(
             f"{found.altered_files[0]} is not the file that its manifest describes (SHA-256 "
             "differs); copy the shard again or preprocess with --overwrite"
         )
@@ -108,7 +111,11 @@ def _bin_line(length_bin: LengthBin, most: int) -> str:
 def verify(
     prefixes: Annotated[
         list[Path],
-        typer.Argument(help="Shards or sets without .bin or .idx, or output prefixes of jobs."),
+        typer.Argument(
+            help="Shards, sets of shards, or output prefixes of jobs; .bin and .idx may be left "
+            "out.",
+            metavar="PREFIX",
+        ),
     ],
     tokenizer_model: Annotated[
         Path | None, typer.Option(help="All shards must have been made with it.")
@@ -116,22 +123,14 @@ def verify(
     workers: Annotated[int, typer.Option(min=1, help="Processes that read shards.")] = 1,
 ) -> None:
     """Read every byte of shards and check it: hashes, index, ids, ends of documents."""
-    digest = None
-    if tokenizer_model is not None:
-        # The digest alone is asked for, so that any kind of tokenizer will do.
-        try:
-            digest = hashlib.sha256(tokenizer_model.read_bytes()).hexdigest()
-        except OSError as error:
-            raise DataError(
-                f"cannot read {tokenizer_model}: {error.strerror or error}; correct "
-                "--tokenizer-model"
-            ) from error
+    # The digest alone is asked for, so that any kind of tokenizer will do.
+    digest = hashlib.sha256(read_model(tokenizer_model)).hexdigest() if tokenizer_model else None
     reports = verify_shards(
         prefixes, tokenizer_sha256=digest, workers=workers, report=_print_report
     )
     damaged = [report for report in reports if report.problems]
     if damaged:
-        raise DataError(
+        raise DamagedShardsError(
             f"{len(damaged)} of {len(reports)} are damaged, first {damaged[0].problems[0]}"
         )
 

@@ -8,6 +8,7 @@ So each shard holds ids. The units' rows stream by; of them only the shards' lim
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,8 @@ from numpy.typing import NDArray
 from megatron_mup.data.duplicates import mark_duplicates, read_marks
 from megatron_mup.data.unit_files import ROW, SUMS, Unit, UnitFacts, UnitKey, read_unit
 from megatron_mup.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "valid", "test")
 """Names of the splits by the numbers that ``unit_files.ROW`` holds."""
@@ -53,7 +56,7 @@ class Plan:
     """What a corpus becomes."""
 
     extents: dict[str, list[Extent]]
-    """The shards of each split, in order."""
+    """The shards of each split, in order; none for a held-out split without documents."""
 
     first_documents: list[int] = field(default_factory=list)
     """Number, in the corpus, of each unit's first row."""
@@ -107,7 +110,8 @@ def plan_shards(request: PlanRequest) -> Plan:
         The plan; it depends on nothing but the request and the units' contents.
 
     Raises:
-        DataError: A unit is damaged, a split is empty, or there are too many shards.
+        DataError: A unit is damaged, no document is left for training, or there are too many
+            shards.
     """
     plan = Plan({name: [] for name in request.splits})
     if request.marks is not None:
@@ -227,15 +231,25 @@ def _count(
 
 def _check_extents(plan: Plan) -> None:
     plan.rejected = dict(sorted(plan.rejected.items()))
+    left_out = f"{plan.empty} were empty, {plan.duplicates} copies of others"
+    if plan.rejected:
+        left_out += f", {sum(plan.rejected.values())} bad"
     for name, extents in plan.extents.items():
-        if not extents:
-            left_out = f"{plan.empty} were empty, {plan.duplicates} copies of others"
-            if plan.rejected:
-                left_out += f", {sum(plan.rejected.values())} bad"
+        if not extents and name == SPLITS[0]:
             raise DataError(
                 f"no document for the split {name}: the inputs hold too few documents with text "
-                f"({left_out}); pass more --input, or --valid-fraction 0 and --test-fraction 0 "
-                "for no held-out split"
+                f"({left_out}); pass more --input, or --overwrite with --valid-fraction 0 and "
+                "--test-fraction 0 for no held-out split"
+            )
+        if not extents:
+            # Not an error: all the work is done, and the hash decides, not the user.
+            logger.warning(
+                "no document fell into the split %s (%s): it is LEFT OUT, and the manifest lists "
+                "it without shards; for a held-out split pass more --input or a larger "
+                "--%s-fraction",
+                name,
+                left_out,
+                name,
             )
         if len(extents) > _MOST_SHARDS:
             raise DataError(

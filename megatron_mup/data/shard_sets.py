@@ -1,22 +1,28 @@
 """Shard sets: shards that are named and read as one.
 
 A set of n shards with the prefix P is ``P-00000-of-0000n`` to ``P-0000m-of-0000n`` with m = n - 1,
-in the order of the corpus. Wherever a shard's prefix is expected, a set's may stand. Must not
-import torch.
+in the order of the corpus. Wherever a shard's prefix is expected, a set's may stand. Owns what a
+user may write for a prefix, and what is said where there are no such shards. Must not import torch.
 """
 
 from __future__ import annotations
 
+import difflib
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_mup.data.manifest import JobManifest
+from megatron_mup.data.manifest import JobManifest, job_manifest_path
 from megatron_mup.data.shards import ShardInfo, open_shard, token_count
 from megatron_mup.errors import DataError
 
 _MEMBER = re.compile(r"(?P<stem>.+)-(?P<number>\d{5,})-of-(?P<count>\d{5,})")
 _NAMED_HOLES = 3
+_NAMED_PREFIXES = 3
+_SIMILARITY = 0.8
+_SUFFIXES = (".bin", ".idx", ".manifest.json", ".json")
+_SPLIT = re.compile(r"_(train|valid|test)$")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +90,77 @@ def expand(prefix: Path) -> list[Path]:
             "them, or run `megatron-mup data preprocess` to its end"
         )
     return [member_name(prefix, number, count) for number in range(count)]
+
+
+def named_prefix(named: Path) -> Path:
+    """The prefix that a user means.
+
+    Args:
+        named: A prefix of a shard, a set or a whole job, or one of their files.
+
+    Returns:
+        The prefix; of it there is at least one file.
+
+    Raises:
+        DataError: There is none; the message says what there is instead.
+    """
+    if _is_there(named):
+        return named
+    for suffix in _SUFFIXES:
+        if named.name.endswith(suffix) and _is_there(prefix := _without(named, suffix)):
+            return prefix
+    prefix = next((_without(named, end) for end in _SUFFIXES if named.name.endswith(end)), named)
+    if named.is_dir():
+        raise DataError(
+            f"{named} is a folder; name the shards in it by their prefix"
+            f"{_listed(named / name for name in _prefixes(named))}"
+        )
+    if not prefix.parent.is_dir():
+        raise DataError(f"the folder {prefix.parent} does not exist; correct the shards' prefix")
+    for job in (prefix, prefix.with_name(_SPLIT.sub("", _stem(prefix.name)))):
+        if Path(f"{job}.work").is_dir() and not job_manifest_path(job).exists():
+            raise DataError(
+                f"the job {job} is not finished: its work so far is in {job}.work; run the same "
+                "`megatron-mup data preprocess` command again to finish it"
+            )
+    there = _prefixes(prefix.parent)
+    close = [name for name in there if name.startswith(f"{prefix.name}_")]
+    close += difflib.get_close_matches(prefix.name, there, cutoff=_SIMILARITY)
+    raise DataError(
+        f"there are no shards {prefix}: no {prefix.name}.bin or .idx, nor a set or a job of this "
+        f"name; correct the prefix{_listed(prefix.with_name(name) for name in close or there)}"
+    )
+
+
+def _without(path: Path, suffix: str) -> Path:
+    return path.with_name(path.name.removesuffix(suffix) or path.name)
+
+
+def _is_there(prefix: Path) -> bool:
+    """Whether a shard, a set or a whole job has this prefix."""
+    return bool(prefix.name) and (
+        _exists(prefix) or job_manifest_path(prefix).is_file() or bool(_members(prefix))
+    )
+
+
+def _stem(name: str) -> str:
+    """The name of the set that a shard belongs to."""
+    match = _MEMBER.fullmatch(name)
+    return match["stem"] if match else name
+
+
+def _prefixes(folder: Path) -> list[str]:
+    """The prefixes of the shards and sets in a folder, sorted."""
+    return sorted({_stem(path.stem) for path in folder.iterdir() if path.suffix == ".idx"})
+
+
+def _listed(prefixes: Iterable[Path]) -> str:
+    """The end of a message: the first of some prefixes."""
+    names = [str(prefix) for prefix in dict.fromkeys(prefixes)]
+    if not names:
+        return "; no shards are there"
+    more = f" and {len(names) - _NAMED_PREFIXES} more" if len(names) > _NAMED_PREFIXES else ""
+    return f"; there are {', '.join(names[:_NAMED_PREFIXES])}{more}"
 
 
 def job_shards(output_prefix: Path, job: JobManifest) -> dict[str, list[Path]]:

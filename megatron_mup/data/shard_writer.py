@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -268,14 +269,7 @@ def _written(task: ShardTask) -> ShardManifest:
     tokenizer, facts = task.tokenizer, _Facts(task)
     bin_path, idx_path = (Path(f"{task.folder / task.name}{end}") for end in (".bin", ".idx"))
     with published(bin_path) as bin_stream, published(idx_path) as idx_stream:
-        index = IndexWriter(idx_stream, task.documents, tokenizer.dtype)
-        for unit, selected in _selections(task):
-            rows = unit.rows[selected]
-            facts.add_documents(rows)
-            index.add(rows["length"])
-            for ids in _selected_ids(unit, selected, tokenizer.dtype):
-                bin_stream.write(ids.data)
-                facts.add_ids(ids)
+        _write_documents(task, facts, bin_stream, idx_stream)
         if (facts.documents, facts.tokens) != (task.documents, task.tokens):
             raise DataError(
                 f"{task.name}: planned with {task.documents} documents and {task.tokens} tokens, "
@@ -301,6 +295,27 @@ def _written(task: ShardTask) -> ShardManifest:
         append_eod=tokenizer.append_eod,
         inputs=facts.inputs,
     )
+
+
+def _write_documents(
+    task: ShardTask, facts: _Facts, bin_stream: BinaryIO, idx_stream: BinaryIO
+) -> None:
+    """Write the shard's documents, and count them."""
+    index = IndexWriter(idx_stream, task.documents, task.tokenizer.dtype)
+    counted: Future[None] | None = None
+    # Hashing takes as long as reading and writing do, and runs beside them.
+    with ThreadPoolExecutor(1) as counter:
+        for unit, selected in _selections(task):
+            rows = unit.rows[selected]
+            facts.add_documents(rows)
+            index.add(rows["length"])
+            for ids in _selected_ids(unit, selected, task.tokenizer.dtype):
+                if counted is not None:
+                    counted.result()
+                counted = counter.submit(facts.add_ids, ids)
+                bin_stream.write(ids.data)
+    if counted is not None:
+        counted.result()
 
 
 def _selections(task: ShardTask) -> Iterator[tuple[Unit, NDArray[np.bool_]]]:

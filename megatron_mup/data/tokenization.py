@@ -59,6 +59,9 @@ class WorkSettings:
     engine: str
     """The engine that encodes."""
 
+    engine_model: bytes | None = field(default=None, repr=False)
+    """The model as the engine reads it (``engines.engine_model``); None if it reads ``model``."""
+
     json_key: str
     """Key of the text in JSON lines, column of a Parquet file."""
 
@@ -100,7 +103,7 @@ class UnitTokenizer:
     def __init__(self, settings: WorkSettings, tokenizer: Tokenizer) -> None:
         self._settings = settings
         self._tokenizer = tokenizer
-        self._engine: Engine = build_engine(tokenizer, settings.engine)
+        self._engine: Engine = build_engine(tokenizer, settings.engine, settings.engine_model)
         self._dtype = np.dtype(token_dtype(tokenizer.vocab_size)).newbyteorder("<")
 
     def run(self, task: Task) -> UnitOutcome:
@@ -120,8 +123,9 @@ class UnitTokenizer:
             counts.add(number, batch)
             if not batch.texts:
                 continue
-            digests, text_bytes = _hashed(batch.texts)
             encoded = self._engine.encode_flat(batch.texts)
+            # Afterwards: an engine leaves the UTF-8 that it asked for in the texts.
+            digests, text_bytes = _hashed(batch.texts)
             wrong = None
             if self._engine.name != REFERENCE:
                 wrong = audit(self._tokenizer, batch.texts, encoded, digests)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,11 @@ from megatron_mup.errors import DataError
 
 SPACE_SYMBOL = "\u2581"
 """What sentencepiece writes for a space, so that a literal one needs care."""
+
+_JSON_NAME = "tokenizer.json"
+# Of vocab.json, merges.txt, tokenizer_config.json and the like, which lie beside a tokenizer.json.
+_PARTIAL_SUFFIXES = (".json", ".txt")
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(?<!\.model)(?<!\.json)")
 
 TokenizerKind = Literal["sentencepiece", "huggingface"]
 
@@ -160,16 +166,54 @@ def load_tokenizer(path: Path, *, eod_token: str | None = None) -> Tokenizer:
     Raises:
         DataError: The file is missing, is no tokenizer, or has no end-of-document token.
     """
+    model = read_model(path)
+    if eod_token is None and is_tokenizer_json(model):
+        eod_token = _configured_eos(path.with_name("tokenizer_config.json"))
+    return tokenizer_from_bytes(model, name=str(path), eod_token=eod_token)
+
+
+def read_model(path: Path) -> bytes:
+    """Return the bytes of a tokenizer's model file, of any kind.
+
+    Args:
+        path: What ``--tokenizer-model`` named.
+
+    Returns:
+        The bytes, as they are.
+
+    Raises:
+        DataError: It is no file that can be read; the message names the one that was meant.
+    """
     try:
         model = path.read_bytes()
-        if eod_token is None and is_tokenizer_json(model):
-            eod_token = _configured_eos(path.with_name("tokenizer_config.json"))
     except OSError as error:
         raise DataError(
-            f"cannot read the tokenizer model {path}: {error.strerror or error}; pass the .model "
-            "file of `megatron-mup data tokenizer`, or a tokenizer.json, to --tokenizer-model"
+            f"cannot read the tokenizer model {path}: {error.strerror or error}; {_meant(path)}"
         ) from error
-    return tokenizer_from_bytes(model, name=str(path), eod_token=eod_token)
+    beside = path.with_name(_JSON_NAME)
+    is_part = path.suffix in _PARTIAL_SUFFIXES and not is_tokenizer_json(model)
+    if is_part and path.name != _JSON_NAME and beside.is_file():
+        raise DataError(f"{path} is only a part of a tokenizer; pass {beside} to --tokenizer-model")
+    return model
+
+
+def _meant(path: Path) -> str:
+    """What to pass instead of something that is no file."""
+    if path.is_dir():
+        found = [path / _JSON_NAME, *sorted(path.glob("*.model"))]
+        found = [file for file in found if file.is_file()]
+        if found:
+            return f"pass {found[0]} to --tokenizer-model"
+        return f"it is a folder that holds neither a {_JSON_NAME} nor a .model; pass such a file"
+    if _HUB_NAME.fullmatch(str(path)) and not path.parent.exists():
+        return (
+            "if it is the name of a model on a hub: nothing is downloaded here; download the "
+            f"model's {_JSON_NAME} and pass the path of that file to --tokenizer-model"
+        )
+    return (
+        "pass the .model file of `megatron-mup data tokenizer`, or a tokenizer.json, to "
+        "--tokenizer-model"
+    )
 
 
 def tokenizer_from_bytes(
@@ -320,6 +364,11 @@ def _configured_eos(path: Path) -> str | None:
         return None
     try:
         config = json.loads(path.read_bytes())
+    except OSError as error:
+        raise DataError(
+            f"cannot read {path}: {error.strerror or error}; mend it, or pass the end-of-document "
+            "token with --eod-token"
+        ) from error
     except (ValueError, RecursionError) as error:
         raise DataError(
             f"{path} is broken JSON ({error}); mend it, or pass the end-of-document token with "

@@ -16,7 +16,9 @@ from megatron_mup.data.streams import DamagedInput, StreamUnit
 from megatron_mup.data.unit_files import UnitKey
 
 _LEAST_BYTES, _MOST_BYTES = 1 << 20, 16 << 20
-_UNITS = 64
+# Of a stream, the parent and each worker hold several units.
+_MOST_STREAMED_BYTES = 4 << 20
+_UNITS = 32
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def choose_unit_bytes(files: Sequence[InputFile]) -> int:
     """Choose the size of the units.
 
     A small corpus is cut into enough of them to keep all workers busy to the end; of a large one,
-    a unit is half a second of work for a fast engine, and a few of them fit into memory.
+    a unit is 0.2 s of work for a fast engine, and a few of them fit into memory.
 
     Args:
         files: The input files.
@@ -87,7 +89,16 @@ def choose_unit_bytes(files: Sequence[InputFile]) -> int:
         Bytes of decompressed text, from the stored size of the files alone.
     """
     stored = sum(file.size_bytes or 0 for file in files)
-    return min(max(stored // _UNITS, _LEAST_BYTES), _MOST_BYTES)
+    most = _MOST_STREAMED_BYTES if any(map(_is_streamed, files)) else _MOST_BYTES
+    return min(max(stored // _UNITS, _LEAST_BYTES), most)
+
+
+def _is_streamed(file: InputFile) -> bool:
+    """Whether the parent process reads the file for its workers."""
+    is_compressed_lines = (
+        file.format is InputFormat.JSONL and file.compression is not Compression.NONE
+    )
+    return is_compressed_lines or file.name == STDIN
 
 
 def plan_tasks(
@@ -115,7 +126,7 @@ def plan_tasks(
             continue
         if file.format is InputFormat.PARQUET:
             yield from _row_tasks(file, number)
-        elif file.name == STDIN or file.compression is not Compression.NONE:
+        elif _is_streamed(file):
             yield StreamTask(UnitKey(number, 0), file)
         else:
             size = file.size_bytes or 0

@@ -11,7 +11,6 @@ import hashlib
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +24,10 @@ from megatron_mup.data.manifest import (
     read_job_manifest,
     read_shard_manifest,
 )
-from megatron_mup.data.shard_sets import expand, job_shards
+from megatron_mup.data.shard_sets import expand, job_shards, named_prefix
 from megatron_mup.data.shards import (
     ShardIndex,
     ShardInfo,
-    check_tokenizer,
     file_sha256,
     open_shard,
     read_index,
@@ -40,6 +38,12 @@ from megatron_mup.errors import DataError
 # 8 to 32 MB at a time.
 _PIECE_TOKENS = 1 << 22
 _ALTERED = "is not the file that the manifest describes (SHA-256 differs); copy it again"
+
+
+class DamagedShardsError(DataError):
+    """Shards were read, and are not what they should be; the command itself was right."""
+
+    exit_code: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +93,7 @@ def verify(
     """Check shards, sets and whole jobs.
 
     Args:
-        prefixes: Of shards or sets, or output prefixes of jobs.
+        prefixes: Of shards or sets, or output prefixes of jobs, or one of their files.
         tokenizer_sha256: Digest of the tokenizer that all must be of; None leaves it unchecked.
         workers: Processes that read shards.
         report: Called with each result as soon as it and those before it are known.
@@ -98,16 +102,17 @@ def verify(
         One report for each shard, and for each job one after its shards.
 
     Raises:
-        DataError: A set has holes, or a job's manifest cannot be read.
+        DataError: Nothing has such a prefix, a job is not finished, a set has holes, a job's
+            manifest cannot be read, or a shard was made with another tokenizer. Then nothing has
+            been read yet.
     """
+    prefixes = [named_prefix(prefix) for prefix in prefixes]
     plans = [_plan(prefix) for prefix in prefixes]
     shards = [shard for plan, _ in plans for shard in plan]
-    check = partial(verify_shard, tokenizer_sha256=tokenizer_sha256)
+    if tokenizer_sha256 is not None:
+        _check_tokenizers(shards, tokenizer_sha256)
     reports = []
-    workers = min(workers, len(shards))
-    results: Iterator[ShardReport] = map(check, shards)
-    if workers > 1:
-        results = run_in_order(check, shards, workers=workers)
+    results = _reports(shards, workers)
     for prefix, (plan, job) in zip(prefixes, plans, strict=True):
         found = []
         for _ in plan:
@@ -120,6 +125,13 @@ def verify(
     return reports
 
 
+def _reports(shards: Sequence[Path], workers: int) -> Iterator[ShardReport]:
+    workers = min(workers, len(shards))
+    if workers > 1:
+        return run_in_order(verify_shard, shards, workers=workers)
+    return map(verify_shard, shards)
+
+
 def _plan(prefix: Path) -> tuple[list[Path], JobManifest | None]:
     """The shards to read, and the manifest of a whole job."""
     path = job_manifest_path(prefix)
@@ -129,12 +141,33 @@ def _plan(prefix: Path) -> tuple[list[Path], JobManifest | None]:
     return [shard for shards in job_shards(prefix, job).values() for shard in shards], job
 
 
-def verify_shard(prefix: Path, *, tokenizer_sha256: str | None = None) -> ShardReport:
+def _check_tokenizers(shards: Sequence[Path], sha256: str) -> None:
+    """Compare the manifests with a tokenizer; raises DataError for another one."""
+    others = [shard for shard in shards if _tokenizer_of(shard) not in (None, sha256)]
+    if others:
+        raise DataError(
+            f"{len(others)} of {len(shards)} shards were made with another tokenizer than "
+            f"--tokenizer-model (SHA-256 {sha256[:12]}...), first {others[0]} "
+            f"({str(_tokenizer_of(others[0]))[:12]}...); pass the right file, or leave the option "
+            "out"
+        )
+
+
+def _tokenizer_of(shard: Path) -> str | None:
+    """Digest of a shard's tokenizer by its manifest; None without one that can be read."""
+    path = Path(f"{shard}.json")
+    try:
+        return read_shard_manifest(path).tokenizer_sha256 if path.is_file() else None
+    # Reading the shard finds it again, and reports it as damage.
+    except DataError:
+        return None
+
+
+def verify_shard(prefix: Path) -> ShardReport:
     """Check one shard; see ``verify``.
 
     Args:
         prefix: The shard's name without .bin or .idx.
-        tokenizer_sha256: Digest of the tokenizer that it must be of; None leaves it unchecked.
     """
     problems = []
     try:
@@ -156,11 +189,6 @@ def verify_shard(prefix: Path, *, tokenizer_sha256: str | None = None) -> ShardR
         )
     if ids is not None:
         problems += _id_problems(info, ids)
-    if tokenizer_sha256 is not None:
-        try:
-            check_tokenizer(info, tokenizer_sha256)
-        except DataError as error:
-            problems.append(str(error))
     return ShardReport(
         name=str(prefix),
         documents=info.documents,

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from megatron_mup.data.plan_difference import plan_difference
 from megatron_mup.data.publication import publish_text
 from megatron_mup.errors import DataError
 
@@ -67,7 +68,7 @@ class WorkFolder:
         elif found != plan:
             raise DataError(
                 f"{self.path} holds the unfinished work of another job: "
-                f"{_difference(found, plan)}; run that job's command again to finish it, pass "
+                f"{plan_difference(found, plan)}; run that job's command again to finish it, pass "
                 "--overwrite (without --part) to throw its work away, or another --output-prefix"
             )
 
@@ -151,26 +152,3 @@ class WorkFolder:
                 f"{path} is damaged ({error}); pass --overwrite to throw the unfinished work away"
             ) from error
         return record
-
-
-def _difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:
-    """Name the first setting in which two plans differ."""
-    for name in sorted(found.keys() | wanted.keys()):
-        old, new = found.get(name), wanted.get(name)
-        if old == new:
-            continue
-        if isinstance(old, dict) and isinstance(new, dict):
-            return _difference(old, new)
-        if isinstance(old, list) and isinstance(new, list):
-            return _list_difference(name, old, new)
-        return f"{name} was {old!r}, now {new!r}"
-    raise ValueError("the plans are equal")
-
-
-def _list_difference(name: str, old: list[Any], new: list[Any]) -> str:
-    if len(old) != len(new):
-        return f"it has {len(old)} {name}, now there are {len(new)}"
-    first, second = next((a, b) for a, b in zip(old, new, strict=True) if a != b)
-    if isinstance(first, dict) and first.get("name") == second.get("name"):
-        return f"the input {first['name']} has changed ({_difference(first, second)})"
-    return f"of the {name}, {first!r} is now {second!r}"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_mup.data.corpus import write_corpus
 from megatron_mup.data.documents import check_inputs, read_documents
-from megatron_mup.data.manifest import job_manifest_path
+from megatron_mup.data.manifest import job_manifest_path, read_job_manifest
 from megatron_mup.data.preprocess import PreprocessOptions, preprocess
 from megatron_mup.data.publication import publish_text, published
 from megatron_mup.data.shards import open_shard
@@ -69,13 +69,18 @@ def make_shards(
 
 def _check_size(folder: Path, echo: Callable[[str], None]) -> None:
     """Say how many tokens there are; too few held-out ones make the losses noise."""
-    train, valid = (open_shard(folder / f"text_{part}") for part in ("train", "valid"))
-    if valid.tokens < MIN_VALID_TOKENS:
+    splits = read_job_manifest(job_manifest_path(folder / "text")).splits
+    # Of a text of a few documents none may be held out, and there is no such shard.
+    train, valid = (
+        open_shard(folder / f"text_{part}").tokens if splits[part] else 0
+        for part in ("train", "valid")
+    )
+    if valid < MIN_VALID_TOKENS:
         raise DataError(
-            f"the held-out part of the text has {valid.tokens} tokens, fewer than "
-            f"{MIN_VALID_TOKENS}; use a longer text"
+            f"the held-out part of the text has {valid} tokens, fewer than {MIN_VALID_TOKENS}; use "
+            "a longer text"
         )
-    echo(f"shards: {train.tokens:,} training and {valid.tokens:,} held-out tokens in {folder}")
+    echo(f"shards: {train:,} training and {valid:,} held-out tokens in {folder}")
 
 
 def _check_source(folder: Path, text: Sequence[Path]) -> None:

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_mup.data import assembly
-from megatron_mup.data.assembly import assemble
+from megatron_mup.data.assembly import AssemblyRequest, assemble
 from megatron_mup.data.manifest import read_job_manifest
 from megatron_mup.data.shard_plan import SPLITS, Plan, PlanRequest, plan_shards
 from megatron_mup.data.shard_writer import ShardTask, write_shard
@@ -181,12 +181,28 @@ def test_a_large_vocabulary_is_stored_in_32_bits(tmp_path: Path, upstream: Modul
     assert dataset[0].tolist() == [99_999, 2]
 
 
-@pytest.mark.parametrize("split", SPLITS)
-def test_a_split_without_documents_is_refused(tmp_path: Path, split: str) -> None:
+def without_documents_of(split: str, folder: Path) -> AssemblyRequest:
     docs = [Doc("a", (1,), name) for name in SPLITS if name != split] + [Doc("e", (), split)]
-    keys = write_docs(tmp_path / "p.work", {UnitKey(0, 0): docs}, empty_documents=4)
-    request = request_for(tmp_path / "p.work", tmp_path / "p", keys, deduplicate=False)
-    with pytest.raises(DataError, match=rf"split {split}: .*\(4 were empty.*--valid-fraction 0"):
+    keys = write_docs(folder / "p.work", {UnitKey(0, 0): docs}, empty_documents=4)
+    return request_for(folder / "p.work", folder / "p", keys, deduplicate=False)
+
+
+@pytest.mark.parametrize("split", ["valid", "test"])
+def test_a_held_out_split_without_documents_is_left_out_with_a_warning(
+    tmp_path: Path, split: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    manifest = assemble(without_documents_of(split, tmp_path), workers=1)
+    assert {name: len(shards) for name, shards in manifest.splits.items()} == {
+        name: int(name != split) for name in SPLITS
+    }
+    assert f"fell into the split {split} (4 were empty" in caplog.text
+    assert f"--{split}-fraction" in caplog.text
+    assert not any(f"p_{split}" in name for name in made(tmp_path))
+
+
+def test_a_corpus_without_a_document_to_train_on_is_refused(tmp_path: Path) -> None:
+    request = without_documents_of("train", tmp_path)
+    with pytest.raises(DataError, match=r"split train: .*\(4 were empty.*--valid-fraction 0"):
         assemble(request, workers=1)
     assert made(tmp_path) == {}
 

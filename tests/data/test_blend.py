@@ -18,7 +18,7 @@ from megatron_mup.data.blend import (
 from megatron_mup.data.blend_plan import BlendPart, plan_blend, write_blend
 from megatron_mup.errors import DataError
 from tests.configurations import tiny
-from tests.data.written_shards import write_set, write_shard
+from tests.data.written_shards import write_job, write_set, write_shard
 
 
 @pytest.fixture
@@ -153,7 +153,7 @@ def test_a_temperature_brings_small_sets_forward(corpora: tuple[str, str]) -> No
         (["SMALL"], {"train_tokens": 0}, "--train-tokens is 0"),
         (["SMALL"], {"temperature": 0.0}, "--temperature is 0.0; it must be positive"),
         (["1", "SMALL"], {"temperature": 2.0}, "leave out one of them"),
-        (["gone"], {}, "no file gone.bin"),
+        (["gone"], {}, "there are no shards gone"),
     ],
 )
 def test_a_plan_that_makes_no_sense_is_refused(
@@ -168,11 +168,12 @@ def test_the_written_blend_is_the_one_that_training_reads(
     tmp_path: Path, corpora: tuple[str, str]
 ) -> None:
     large, small = corpora
+    held_out = str(write_shard(tmp_path / "held_out", [[7] * 10]))
     output = tmp_path / "blend.json"
-    write_blend(output, plan_blend([large, small], train_tokens=100), valid=[small])
+    write_blend(output, plan_blend([large, small], train_tokens=100), valid=[held_out])
     run = tiny(f"per_split_data_args_path={output}")
     assert parse_blend(train_paths(run)) == ([large, small], [0.8, 0.2])
-    assert valid_paths(run) == [small]
+    assert valid_paths(run) == [held_out]
     # Megatron-LM asks for all three splits by name.
     assert json.loads(output.read_text())["test"] is None
     with pytest.raises(DataError, match=r"output exists: .*blend\.json; pass --overwrite"):
@@ -189,21 +190,52 @@ def test_sets_are_written_shard_by_shard_for_megatron(
     from megatron.core.datasets.utils import get_blend_from_list
 
     large, small = corpora
+    held_out = str(write_set(tmp_path / "held_out", [[[7] * 10], [[7] * 10]]))
     output = tmp_path / "blend.json"
     parts = plan_blend([large, small], train_tokens=100)
-    write_blend(output, parts, valid=[large], expand_sets=True)
+    write_blend(output, parts, valid=[held_out], expand_sets=True)
     record = json.loads(output.read_text())
     shards = [f"{large}-00000-of-00002", f"{large}-00001-of-00002"]
     prefixes, weights = get_blend_from_list(record["train"])
     assert (prefixes, weights) == ([*shards, small], pytest.approx([0.6, 0.2, 0.2]))
-    assert get_blend_from_list(record["valid"]) == (shards, None)
+    held_out_shards = [f"{held_out}-00000-of-00002", f"{held_out}-00001-of-00002"]
+    assert get_blend_from_list(record["valid"]) == (held_out_shards, None)
     assert get_blend_from_list(record["test"]) is None
+
+
+def test_text_is_never_both_trained_on_and_held_out(
+    tmp_path: Path, corpora: tuple[str, str]
+) -> None:
+    large, small = corpora
+    (tmp_path / "link").symlink_to(tmp_path)
+    parts = plan_blend([large, small], train_tokens=100)
+    same = f"{tmp_path}/link/small"
+    for valid in ([small], [f"{small}.bin"], ["1", small], [f"{large}-00001-of-00002"], [same]):
+        with pytest.raises(DataError, match=r"and the training blend's .* hold the same shard"):
+            write_blend(tmp_path / "blend.json", parts, valid=valid)
+    assert not (tmp_path / "blend.json").exists()
+
+
+def test_a_shard_has_one_place_in_a_blend(corpora: tuple[str, str]) -> None:
+    large, small = corpora
+    for twice in (f"{large}-00001-of-00002", f"{large}-00000-of-00002.idx"):
+        with pytest.raises(DataError, match=r"large-0000\d-of-00002 is part of .*; name it once"):
+            plan_blend([large, small, twice], train_tokens=100)
+
+
+def test_files_are_blended_as_their_prefix_and_jobs_are_not(tmp_path: Path) -> None:
+    job = write_job(tmp_path / "o", {"train": [[[7, 2]]], "valid": [[[7, 2]]]})
+    (part,) = plan_blend([f"{job}_train-00000-of-00001.bin"], train_tokens=4)
+    assert part.prefix == f"{job}_train-00000-of-00001"
+    words = f"{job} is a whole job; name a split of it: {job}_train, {job}_valid"
+    with pytest.raises(DataError, match=words):
+        plan_blend([str(job)], train_tokens=4)
 
 
 def test_a_blend_with_a_missing_held_out_shard_is_not_written(
     tmp_path: Path, corpora: tuple[str, str]
 ) -> None:
-    with pytest.raises(DataError, match=r"no file .*gone\.bin"):
+    with pytest.raises(DataError, match=r"there are no shards .*gone"):
         write_blend(
             tmp_path / "blend.json",
             plan_blend([corpora[1]], train_tokens=100),

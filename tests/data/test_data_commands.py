@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from megatron_mup.data.commands import app
@@ -46,6 +47,22 @@ def test_repeated_inputs_come_before_the_further_files(
     invoke("preprocess", "--input", a, b, "--input", c, "--tokenizer-model", model_path, *shard)
     manifest = json.loads((tmp_path / "s.manifest.json").read_text())
     assert manifest["inputs"] == [str(a), str(c), str(b)]
+
+
+@pytest.mark.parametrize("verb", ["tokenizer", "preprocess", "inspect", "verify", "blend"])
+def test_help_spells_every_option_out_on_a_narrow_screen(verb: str) -> None:
+    shown = CliRunner().invoke(app, [verb, "--help"], env={"COLUMNS": "80"}, terminal_width=80)
+    command = typer.main.get_group(app).commands[verb]
+    names = [
+        name
+        for option in command.params
+        if not getattr(option, "hidden", False)
+        for name in [*option.opts, *option.secondary_opts]
+        if name.startswith("--")
+    ]
+    assert len(names) >= 2
+    assert [name for name in names if name not in shown.output.split("Options:")[1]] == []
+    assert max(map(len, shown.output.splitlines())) <= 80
 
 
 def test_a_verb_without_input_says_so(tmp_path: Path, model_path: Path) -> None:

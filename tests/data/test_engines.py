@@ -21,6 +21,7 @@ from megatron_mup.data.engines import (
     audit,
     build_engine,
     choose_engine,
+    engine_model,
     is_audited,
 )
 from megatron_mup.data.tokenizer import Encoded, Tokenizer, load_tokenizer, tokenizer_from_bytes
@@ -128,18 +129,22 @@ def test_markers_and_near_ties_are_left_to_the_reference(
 
 
 def test_auto_takes_the_engine_of_the_models_type(
-    models: dict[str, tuple[Tokenizer, Engine]],
+    models: dict[str, tuple[Tokenizer, Engine]], caplog: pytest.LogCaptureFixture
 ) -> None:
     sample = ["a sample of text", "and another\n"]
     expected = {
         "gigatoken": "gigatoken",
-        "splintr": "splintr",
+        "splintr": REFERENCE,
         "splintr of a tokenizer.json": "splintr",
     }
     for name, engine in expected.items():
         assert choose_engine(models[name][0], EngineOption.auto, sample) == engine
         assert choose_engine(models[name][0], EngineOption.reference, sample) == REFERENCE
         assert build_engine(models[name][0], engine).name == engine
+    with caplog.at_level(logging.INFO, logger=engines.__name__):
+        assert choose_engine(models["splintr"][0], EngineOption.auto, sample) == REFERENCE
+    assert "no fast engine gains on this type of model" in caplog.text
+    assert choose_engine(models["splintr"][0], EngineOption.splintr, sample) == "splintr"
     wrong = models["splintr"][0]
     with pytest.raises(DataError, match=r"--engine gigatoken cannot be used: .*--engine auto"):
         choose_engine(wrong, EngineOption.gigatoken, sample)
@@ -147,22 +152,21 @@ def test_auto_takes_the_engine_of_the_models_type(
         build_engine(wrong, "turbo")
 
 
-@pytest.mark.parametrize(("package", "model"), [("gigatoken", "gigatoken"), ("splintr", "splintr")])
 def test_a_missing_package_gives_the_reference_and_says_what_to_install(
     models: dict[str, tuple[Tokenizer, Engine]],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
-    package: str,
-    model: str,
 ) -> None:
-    tokenizer = models[model][0]
-    monkeypatch.setitem(sys.modules, package, None)
+    tokenizer = models["gigatoken"][0]
+    for package in ("gigatoken", "splintr"):
+        monkeypatch.setitem(sys.modules, package, None)
     with caplog.at_level(logging.INFO, logger=engines.__name__):
         assert choose_engine(tokenizer, EngineOption.auto, ["a"]) == REFERENCE
     assert [record.levelname for record in caplog.records] == ["INFO"]
     assert "pip install 'megatron-mup[fast-tokenizers]'" in caplog.text
-    with pytest.raises(DataError, match=f"--engine {package} cannot be used: .*pip install"):
-        choose_engine(tokenizer, EngineOption(package), ["a"])
+    for name in ("gigatoken", "splintr"):
+        with pytest.raises(DataError, match=f"--engine {name} cannot be used: .*pip install"):
+            choose_engine(models[name][0], EngineOption(name), ["a"])
 
 
 class WrongEngine:
@@ -184,7 +188,7 @@ class WrongEngine:
 
 @pytest.fixture
 def wrong_engine(monkeypatch: pytest.MonkeyPatch) -> Callable[[Tokenizer], Engine]:
-    monkeypatch.setattr(engines, "build_gigatoken", WrongEngine)
+    monkeypatch.setattr(engines, "build_gigatoken", lambda tokenizer, _: WrongEngine(tokenizer))
     return WrongEngine
 
 
@@ -225,8 +229,8 @@ def test_the_audit_finds_ids_that_are_missing(tokenizer: Tokenizer) -> None:
     assert audit(tokenizer, ["one", "two"], cut, [bytes(32)] * 2) == 0
 
 
-def test_one_document_of_512_is_audited_whatever_its_split() -> None:
-    digests = [hashlib.sha256(b"%d" % number).digest() for number in range(80_000)]
+def test_one_document_of_1024_is_audited_whatever_its_split() -> None:
+    digests = [hashlib.sha256(b"%d" % number).digest() for number in range(160_000)]
     audited = sum(map(is_audited, digests))
     # 156.25 expected, with a standard deviation of 12.5.
     assert 106 <= audited <= 206
@@ -235,15 +239,29 @@ def test_one_document_of_512_is_audited_whatever_its_split() -> None:
     assert not is_audited(bytes(16) + b"\xff" * 16)
 
 
-def test_gigatoken_is_built_anew_before_its_memory_grows(
+def test_a_worker_needs_no_translation_of_the_model(
     models: dict[str, tuple[Tokenizer, Engine]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tokenizer = models["gigatoken of a tokenizer.json"][0]
-    monkeypatch.setattr(fast_engines, "GIGATOKEN_REBUILD_BYTES", 1000)
+    tokenizer = models["gigatoken"][0]
+    translated = engine_model(tokenizer, "gigatoken")
+    assert translated is not None
+    monkeypatch.setattr(fast_engines, "gigatoken_model", None)
+    monkeypatch.setattr(fast_engines, "bpe_json", None)
+    assert_same(tokenizer, build_engine(tokenizer, "gigatoken", translated), [*HARD_STRINGS])
+    assert engine_model(models["splintr"][0], "splintr") is None
+    assert engine_model(models["gigatoken of a tokenizer.json"][0], "gigatoken") is None
+
+
+@pytest.mark.parametrize("name", ["gigatoken", "gigatoken of a tokenizer.json"])
+def test_gigatoken_is_built_anew_before_its_memory_grows(
+    models: dict[str, tuple[Tokenizer, Engine]], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    tokenizer = models[name][0]
+    monkeypatch.setitem(fast_engines.GIGATOKEN_REBUILD_BYTES, tokenizer.kind, 1000)
     built = []
     plain = fast_engines._Gigatoken.__init__
 
-    def spy(self: object, build: Callable[[], object], limit: int | None) -> None:
+    def spy(self: object, build: Callable[[], object], limit: int) -> None:
         plain(self, lambda: built.append(1) or build(), limit)  # type: ignore[arg-type,func-returns-value]
 
     monkeypatch.setattr(fast_engines._Gigatoken, "__init__", spy)
@@ -284,7 +302,7 @@ class SlowEngine:
 def test_an_engine_that_gains_nothing_on_the_sample_is_not_taken(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(engines, "build_gigatoken", SlowEngine)
+    monkeypatch.setattr(engines, "build_gigatoken", lambda tokenizer, _: SlowEngine(tokenizer))
     sample = ["A text of forty characters, or about so.\n" * 100] * 40
     with caplog.at_level(logging.INFO, logger=engines.__name__):
         assert choose_engine(tokenizer, EngineOption.auto, sample) == REFERENCE

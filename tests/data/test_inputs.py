@@ -10,6 +10,7 @@ import pytest
 
 from megatron_mup.data.inputs import Compression, InputFile, InputFormat, find_inputs, fingerprint
 from megatron_mup.errors import DataError
+from tests.data.written_shards import write_shard
 
 
 def make(folder: Path, *names: str) -> None:
@@ -145,6 +146,22 @@ def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(DataError, match=r"not a regular file; pipe it to standard input"):
         find_inputs([tmp_path / "pipe"])
+
+
+def test_token_shards_are_not_taken_for_text(tmp_path: Path) -> None:
+    write_shard(tmp_path / "s_train", [[5, 6, 2]])
+    for named in ("s_train.bin", "s_train.idx", "s_*"):
+        with pytest.raises(DataError, match=r"belongs to the token shard .*/s_train, which is"):
+            find_inputs([tmp_path / named])
+    with pytest.raises(DataError, match="belongs to the token shard"):
+        find_inputs([tmp_path / "s_train.bin"], input_format=InputFormat.JSONL)
+
+
+def test_other_files_may_have_the_suffixes_of_shards(tmp_path: Path) -> None:
+    make(tmp_path, "a.bin", "b.bin", "b.idx")
+    names = ["a.bin", "b.bin", "b.idx"]
+    found = find_inputs([tmp_path / name for name in names])
+    assert [Path(file.name).name for file in found] == names
 
 
 def test_standard_input_is_taken_once_and_never_as_parquet() -> None:

@@ -7,7 +7,12 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from megatron_mup.data.commands import app
-from megatron_mup.data.preprocess_command import parse_count, parse_part, progress_line
+from megatron_mup.data.preprocess_command import (
+    parse_count,
+    parse_part,
+    progress_line,
+    tokenized_line,
+)
 from megatron_mup.data.schedule import Part, Progress
 from megatron_mup.errors import DataError
 
@@ -21,6 +26,18 @@ def invoke(*arguments: object) -> str:
     if result.exception is not None:
         raise result.exception
     return result.output
+
+
+def made_progress(*, text_bytes: int, total_units: int | None = 30) -> Progress:
+    return Progress(
+        units=10,
+        total_units=total_units,
+        documents=5,
+        tokens=7,
+        text_bytes=text_bytes,
+        seconds=4.0,
+        engine="gigatoken",
+    )
 
 
 @pytest.fixture
@@ -57,6 +74,7 @@ def test_megatrons_own_command_line_is_understood(
         *("--input", jsonl, "--json-keys", "text", "--tokenizer-type", "SentencePieceTokenizer"),
         *("--tokenizer-model", model_path, "--append-eod", "--output-prefix", tmp_path / "s"),
         *("--workers", 2, "--partitions", 2, "--log-interval", 1000, "--keep-sequential-samples"),
+        *("--dataset-impl", "mmap", "--make-vocab-size-divisible-by", 128, "--lang", "english"),
     )
     assert "train:" in output
     assert (tmp_path / "s_valid.idx").exists()
@@ -66,8 +84,7 @@ def test_megatrons_own_command_line_is_understood(
     ("flags", "message"),
     [
         (("--split-sentences",), "--split-sentences is for BERT"),
-        (("--vocab-file", "v.json"), "pass a tokenizer.json to --tokenizer-model"),
-        (("--merge-file", "m.txt"), "pass a tokenizer.json to --tokenizer-model"),
+        (("--json-keys", "text", "title"), "names 2 keys"),
         (("--tokenizer-type", "HuggingFaceTokenizer"), "holds a sentencepiece tokenizer"),
         (("--tokenizer-type", "GPT2BPETokenizer"), "holds a sentencepiece tokenizer"),
         (("--part", "3"), r"--part is '3'; pass i/N"),
@@ -92,6 +109,30 @@ def test_flags_that_cannot_be_met_are_refused_before_any_work(
             *flags,
         )
     assert list(tmp_path.iterdir()) == []
+
+
+def test_flags_of_another_tokenizer_are_refused_before_its_lack_is(jsonl: Path) -> None:
+    with pytest.raises(DataError, match=r"--vocab-file is not read; pass a tokenizer\.json"):
+        invoke("--input", jsonl, "--vocab-file", "v.json", "--merge-file", "m.txt")
+
+
+def test_a_split_without_documents_is_left_out_loudly(
+    tmp_path: Path, model_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "a.txt").write_text("one")
+    output = invoke(
+        *("--input", tmp_path / "a.txt", "--tokenizer-model", model_path),
+        *("--output-prefix", tmp_path / "s"),
+    )
+    assert "train: " in output
+    assert "valid: no document, no shard" in output
+    assert "no document fell into the split valid (0 were empty" in caplog.text
+    record = json.loads((tmp_path / "s.manifest.json").read_text())
+    assert record["splits"]["valid"] == []
+    assert not (tmp_path / "s.work").exists()
+    assert "OK      " in CliRunner().invoke(app, ["verify", str(tmp_path / "s")]).output
+    shown = CliRunner().invoke(app, ["inspect", str(tmp_path / "s")]).output
+    assert "split valid: 0 documents, 0 tokens, 0 shards" in shown
 
 
 def test_parts_and_the_last_call_make_the_shards(
@@ -120,16 +161,31 @@ def test_a_part_is_read_from_its_two_numbers() -> None:
 
 
 def test_progress_tells_speed_and_the_time_left() -> None:
-    progress = Progress(
-        units=10, total_units=30, documents=5, tokens=7, text_bytes=20_000_000, seconds=4.0
-    )
+    progress = made_progress(text_bytes=20_000_000)
     assert progress_line(progress) == (
         "10 of 30 units: 5 documents, 20 MB of text, 7 tokens, 5.0 MB/s, 8 s left"
     )
 
 
-def test_progress_of_a_stream_tells_no_end() -> None:
-    progress = Progress(
-        units=10, total_units=None, documents=5, tokens=7, text_bytes=20_000_000, seconds=4.0
+def test_the_tokenization_is_summed_up_with_its_speed() -> None:
+    progress = made_progress(text_bytes=20_500_000)
+    assert tokenized_line(progress) == (
+        "tokenized 20.5 MB of text in 4.0 s: engine gigatoken, 5.1 MB/s"
     )
+
+
+def test_a_run_that_has_nothing_left_to_tokenize_tells_no_speed(
+    tmp_path: Path, jsonl: Path, model_path: Path
+) -> None:
+    arguments = ("--input", jsonl, "--tokenizer-model", model_path)
+    prefix = ("--output-prefix", tmp_path / "s")
+    reference = ("--part", "1/1", "--engine", "reference")
+    assert " s: engine reference, " in invoke(*arguments, *prefix, *reference)
+    output = invoke(*arguments, *prefix)
+    assert "MB/s" not in output
+    assert "train: " in output
+
+
+def test_progress_of_a_stream_tells_no_end() -> None:
+    progress = made_progress(text_bytes=20_000_000, total_units=None)
     assert progress_line(progress) == ("10 units: 5 documents, 20 MB of text, 7 tokens, 5.0 MB/s")

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 DOCUMENTS = [[5, 6, 7, 2], [8, 2], [9, 9, 9, 2]]
 
 
-def invoke(*arguments: object, error: str | None = None) -> str:
+def invoke(*arguments: object, error: str | None = None, exit_code: int = 2) -> str:
     """Output of a verb, which ends in a DataError with these words if any are given."""
     app = typer.Typer()
     for command in (inspect, verify, blend):
@@ -30,6 +30,7 @@ def invoke(*arguments: object, error: str | None = None) -> str:
     else:
         assert isinstance(result.exception, DataError)
         assert error in str(result.exception)
+        assert result.exception.exit_code == exit_code
     return result.output
 
 
@@ -70,7 +71,8 @@ def test_inspect_decodes_as_many_samples_as_asked(
 def test_inspecting_an_altered_shard_fails_after_the_report(tmp_path: Path) -> None:
     prefix = write_own_shard(tmp_path / "s", DOCUMENTS)
     patch(f"{prefix}.bin", 0, b"\x06")
-    output = invoke("inspect", prefix, error="s.bin is not the file that its manifest describes")
+    error = "s.bin is not the file that its manifest describes"
+    output = invoke("inspect", prefix, error=error, exit_code=1)
     assert "manifest: DOES NOT MATCH" in output
 
 
@@ -92,7 +94,7 @@ def test_verify_names_damage_and_fails(tmp_path: Path) -> None:
     good = write_own_shard(tmp_path / "good", DOCUMENTS)
     bad = write_own_shard(tmp_path / "bad", DOCUMENTS)
     patch(f"{bad}.bin", 0, b"\x06")
-    output = invoke("verify", bad, good, error="1 of 2 are damaged, first ")
+    output = invoke("verify", bad, good, error="1 of 2 are damaged, first ", exit_code=1)
     first, second = output.splitlines()
     assert first.startswith(f"DAMAGED {bad}.bin: is not the file")
     assert second.startswith(f"OK      {good}: 3 documents, 10 tokens")
@@ -102,7 +104,7 @@ def test_verify_prints_the_first_problems_of_many(tmp_path: Path) -> None:
     job = write_job(tmp_path / "o", {"train": [DOCUMENTS]})
     for number in range(9):
         write_shard(tmp_path / f"o_train-0000{number}-of-00009", [[1]])
-    output = invoke("verify", job, error="is left from another run")
+    output = invoke("verify", job, error="is left from another run", exit_code=1)
     assert output.count("left from another run") == 5
     assert "o.manifest.json: 4 more problems" in output
 
@@ -114,16 +116,44 @@ def test_verify_compares_the_tokenizers_digest(tmp_path: Path) -> None:
     right = write_own_shard(tmp_path / "right", DOCUMENTS, tokenizer_sha256=digest)
     wrong = write_own_shard(tmp_path / "wrong", DOCUMENTS)
     assert "OK" in invoke("verify", right, "--tokenizer-model", model)
-    invoke("verify", wrong, "--tokenizer-model", model, error="made with the tokenizer aaaa")
+    output = invoke(
+        *("verify", right, wrong, "--tokenizer-model", model),
+        error="1 of 2 shards were made with another tokenizer than --tokenizer-model",
+    )
+    # A mistake of the command, said before anything is read.
+    assert output == ""
     invoke("verify", right, "--tokenizer-model", tmp_path / "gone", error="--tokenizer-model")
+
+
+def test_verify_does_not_call_damaged_what_is_not_there(tmp_path: Path) -> None:
+    good = write_own_shard(tmp_path / "good", DOCUMENTS)
+    (tmp_path / "job.work").mkdir()
+    for named, error in (
+        (tmp_path / "goood", f"there are {tmp_path / 'good'}"),
+        (tmp_path, "is a folder"),
+        (tmp_path / "gone" / "s", "does not exist"),
+        (tmp_path / "job", "is not finished"),
+    ):
+        assert invoke("verify", good, named, error=error) == ""
+
+
+def test_files_of_shards_stand_for_their_prefix(tmp_path: Path) -> None:
+    shard = write_own_shard(tmp_path / "s", DOCUMENTS)
+    job = write_job(tmp_path / "o", {"train": [DOCUMENTS]})
+    for suffix in (".bin", ".idx", ".json"):
+        assert invoke("verify", f"{shard}{suffix}") == invoke("verify", shard)
+        assert invoke("inspect", f"{shard}{suffix}") == invoke("inspect", shard)
+    assert invoke("verify", f"{job}.manifest.json") == invoke("verify", job)
+    assert invoke("inspect", f"{job}.manifest.json") == invoke("inspect", job)
 
 
 def test_blend_prints_a_table_and_writes_the_file(tmp_path: Path) -> None:
     large = write_set(tmp_path / "large", [[[7, 2]] * 30, [[7, 2]] * 10])
     small = write_own_shard(tmp_path / "small", [[7, 2]] * 10)
+    held_out = write_own_shard(tmp_path / "held_out", [[7, 2]])
     output = tmp_path / "blend.json"
     options = ("--train-tokens", "2e2", "--output", output)
-    text = invoke("blend", 0.5, large, 0.5, small, *options, "--valid", small)
+    text = invoke("blend", 0.5, large, 0.5, small, *options, "--valid", held_out)
     header, first, second = text.splitlines()[:3]
     assert header.split() == ["set", "shards", "tokens", "weight", "will", "be", "read", "epochs"]
     assert first.split() == [str(large), "2", "80", "0.5000", "100", "1.25", "repeated"]
@@ -133,7 +163,7 @@ def test_blend_prints_a_table_and_writes_the_file(tmp_path: Path) -> None:
     assert "arXiv:2305.16264" in text
     assert json.loads(output.read_text()) == {
         "train": ["0.5", str(large), "0.5", str(small)],
-        "valid": [str(small)],
+        "valid": [str(held_out)],
         "test": None,
     }
     invoke("blend", large, *options, error="output exists")

@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 
 from megatron_mup.data.manifest import read_job_manifest
-from megatron_mup.data.shard_sets import expand, job_shards, member_name, set_info, set_tokens
+from megatron_mup.data.shard_sets import (
+    expand,
+    job_shards,
+    member_name,
+    named_prefix,
+    set_info,
+    set_tokens,
+)
 from megatron_mup.errors import DataError
 from tests.data.written_shards import write_job, write_own_shard, write_set, write_shard
 
@@ -50,6 +57,53 @@ def test_what_is_not_there_is_left_to_the_reader_to_name(tmp_path: Path) -> None
     assert expand(tmp_path / "absent" / "s") == [tmp_path / "absent" / "s"]
     with pytest.raises(DataError, match=r"no file .*gone\.bin; correct the shard's prefix"):
         set_info(tmp_path / "gone")
+
+
+@pytest.mark.parametrize(
+    ("named", "prefix"),
+    [
+        ("s", "s"),
+        ("s.bin", "s"),
+        ("s.idx", "s"),
+        ("s.json", "s"),
+        ("s.bin.bin", "s.bin"),
+        ("set", "set"),
+        ("set-00000-of-00003.idx", "set-00000-of-00003"),
+        ("job", "job"),
+        ("job.manifest.json", "job"),
+        ("job_train", "job_train"),
+    ],
+)
+def test_a_prefix_is_meant_by_each_of_its_files(tmp_path: Path, named: str, prefix: str) -> None:
+    write_own_shard(tmp_path / "s", THREE[0])
+    if named == "s.bin.bin":
+        write_shard(tmp_path / "s.bin", THREE[0])
+    write_set(tmp_path / "set", THREE)
+    write_job(tmp_path / "job", {"train": THREE})
+    assert named_prefix(tmp_path / named) == tmp_path / prefix
+
+
+def test_what_is_not_there_is_answered_by_what_is(tmp_path: Path) -> None:
+    for name in ("books_train", "books_valid", "zzz"):
+        write_shard(tmp_path / name, [[1, 2]])
+    write_set(tmp_path / "web_train", THREE)
+    (tmp_path / "new.work").mkdir()
+    (tmp_path / "none").mkdir()
+    books = f"{tmp_path}/books_train, {tmp_path}/books_valid"
+    for named, message in (
+        ("books", f"there are no shards {tmp_path}/books: .*; there are {books}$"),
+        ("web_trian.bin", f"there are no shards .*; there are {tmp_path}/web_train$"),
+        ("q", f"; there are {books}, {tmp_path}/web_train and 1 more$"),
+        ("", f"{tmp_path} is a folder; .*; there are {books}, {tmp_path}/web_train and 1 more"),
+        ("none", "is a folder; .*; no shards are there"),
+        ("none/s", "there are no shards .*; no shards are there"),
+        ("gone/s", f"the folder {tmp_path}/gone does not exist"),
+        ("new", f"the job {tmp_path}/new is not finished: .*new.work; run the same"),
+        ("new_train", f"the job {tmp_path}/new is not finished"),
+        ("new_train-00000-of-00003.bin", f"the job {tmp_path}/new is not finished"),
+    ):
+        with pytest.raises(DataError, match=message):
+            named_prefix(tmp_path / named)
 
 
 def test_a_set_with_holes_is_refused_with_their_names(tmp_path: Path) -> None:

@@ -106,6 +106,27 @@ def test_a_file_that_is_no_tokenizer_is_refused(tmp_path: Path) -> None:
             load_tokenizer(path)
 
 
+def test_what_was_meant_instead_of_a_file_is_named(tmp_path: Path, model_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    with pytest.raises(DataError, match=r"is a folder that holds neither a tokenizer\.json nor"):
+        load_tokenizer(folder)
+    (folder / "tiny.model").write_bytes(model_path.read_bytes())
+    with pytest.raises(DataError, match=r"; pass \S+/model/tiny\.model to --tokenizer-model"):
+        load_tokenizer(folder)
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(DataError, match=r"; pass \S+/model/tokenizer\.json to --tokenizer-model"):
+        load_tokenizer(folder)
+    (folder / "vocab.json").write_text("{}")
+    with pytest.raises(DataError, match=r"is only a part of a tokenizer; pass \S+/tokenizer\.json"):
+        load_tokenizer(folder / "vocab.json")
+
+
+def test_the_name_of_a_model_on_a_hub_is_not_looked_up() -> None:
+    with pytest.raises(DataError, match=r"download the model's tokenizer\.json and pass the path"):
+        load_tokenizer(Path("organization/Model-1.5B"))
+
+
 def test_a_model_without_an_end_of_document_is_refused() -> None:
     buffer = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(

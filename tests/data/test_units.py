@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pyarrow as pa
@@ -71,14 +72,17 @@ def test_names_of_units_sort_as_their_keys() -> None:
 
 
 def test_units_grow_with_the_corpus_up_to_a_limit() -> None:
-    def corpus(size_bytes: int) -> list[InputFile]:
-        file = InputFile(
-            name="a",
-            format=InputFormat.JSONL,
-            compression=Compression.NONE,
-            size_bytes=size_bytes // 2,
-        )
-        return [file, file]
+    def sizes(compression: Compression, format: InputFormat = InputFormat.JSONL) -> list[int]:
+        found = []
+        for mib in (1, 64, 128, 1024, 10**6):
+            half = InputFile(name="a", format=format, compression=compression, size_bytes=mib << 19)
+            plain = dataclasses.replace(half, compression=Compression.NONE)
+            found.append(choose_unit_bytes([plain, half]) >> 20)
+        return found
 
-    sizes = [choose_unit_bytes(corpus(mib << 20)) >> 20 for mib in (1, 64, 128, 1024, 10**6)]
-    assert sizes == [1, 1, 2, 16, 16]
+    assert sizes(Compression.NONE) == [1, 2, 4, 16, 16]
+    # Units of a stream are held by several processes at a time; a text file is one of them.
+    assert sizes(Compression.GZIP) == [1, 2, 4, 4, 4]
+    assert sizes(Compression.GZIP, InputFormat.TEXT) == [1, 2, 4, 16, 16]
+    (stdin,) = find_inputs(["-"])
+    assert choose_unit_bytes([stdin]) == 1 << 20

@@ -28,13 +28,15 @@ def test_the_same_job_may_go_on(work: WorkFolder) -> None:
 @pytest.mark.parametrize(
     ("changed", "difference"),
     [
-        ({"options": {"json_key": "content"}}, "json_key was 'text', now 'content'"),
-        ({"inputs": []}, "it has 1 inputs, now there are 0"),
+        (
+            {"options": {"json_key": "content", "valid_fraction": 0.1}},
+            "--json-key text then, --json-key content now",
+        ),
+        ({"inputs": []}, "--input a.jsonl is not there now"),
         (
             {"inputs": [{"name": "a.jsonl", "bytes": 11, "fingerprint": "g"}]},
-            r"the input a.jsonl has changed \(bytes was 10, now 11\)",
+            r"the input a.jsonl has changed \(10 bytes then, 11 now\)",
         ),
-        ({"inputs": [{"name": "b.jsonl", "bytes": 10, "fingerprint": "f"}]}, "of the inputs"),
     ],
 )
 def test_another_job_is_refused_with_what_differs(

@@ -256,6 +256,21 @@ def test_a_missing_or_short_text_is_refused_by_the_option_that_named_it(tmp_path
     assert not (tmp_path / "b" / "corpus.jsonl").exists()
 
 
+def test_a_text_of_which_nothing_is_held_out_is_too_short(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megatron_mup.transfer.quickstart_data.MIN_TEXT_BYTES", 1)
+    (tmp_path / "one.txt").write_text("".join(f"word{number} " for number in range(300)), "utf-8")
+    with pytest.raises(DataError, match=r"held-out part of the text has 0 tokens.*longer text"):
+        make_shards(
+            tmp_path / "a",
+            text=[tmp_path / "one.txt"],
+            corpus_bytes=10_000,
+            vocab_size=300,
+            echo=print,
+        )
+
+
 def test_cutting_keeps_every_character_and_drops_only_blank_ends() -> None:
     text = "".join(f"line {n}\n" for n in range(2000))
     pieces = list(cut_text(text))
