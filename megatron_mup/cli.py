@@ -17,9 +17,12 @@ from typing import Annotated, NoReturn
 import typer
 
 from megatron_mup import __version__
+from megatron_mup.command_help import PlainCommand
 from megatron_mup.config import RunConfig
+from megatron_mup.convert.commands import app as convert_app
 from megatron_mup.data.commands import app as data_app
 from megatron_mup.errors import ConfigError, MupError
+from megatron_mup.generation_command import generate_command
 from megatron_mup.os_processes import end_now, is_one_of_several_ranks
 
 app = typer.Typer(
@@ -28,6 +31,8 @@ app = typer.Typer(
     help="muP for Megatron-Core: train, describe, preprocess, check.",
 )
 app.add_typer(data_app, name="data", help="Tokenizers and token shards.")
+app.add_typer(convert_app, name="convert", help="Checkpoints to and from Hugging Face.")
+app.command("generate", cls=PlainCommand)(generate_command)
 
 ConfigOption = Annotated[
     Path | None, typer.Option("--config", help="YAML configuration; see docs/configuration.md.")

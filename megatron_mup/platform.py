@@ -134,6 +134,10 @@ def _cuda_type_name(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _patch_torch_for_cpu() -> None:
+    # torch lists the factories that obey ``with torch.device(...)`` once, at its first use: it must
+    # list the originals, or transformers builds half of a model outside the device it asked for.
+    with torch.device("meta"):
+        torch.empty(0)
     cuda: Any = torch.cuda
     # schedules.py:749, attention global buffers: the current device.
     cuda.current_device = lambda: _CPU

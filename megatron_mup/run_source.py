@@ -49,15 +49,25 @@ class RunSource:
                 option, or a missing learning rate.
             ParameterizationError: the parameterization has no rule for this model.
         """
+        sections = self.sections()
+        self._check_learning_rate(sections, overrides)
+        return config_from_dict(sections, overrides, origin=self.origin)
+
+    def sections(self) -> dict[str, dict[str, Any]]:
+        """The options that preset and file give, merged but unchecked.
+
+        Raises:
+            ConfigError: neither file nor preset, a preset without width, or an unknown option.
+        """
         sections = self._preset_sections()
         if self.config is not None:
             for section, options in read_sections(self.config).items():
                 sections.setdefault(section, {}).update(options)
-        self._check_learning_rate(sections, overrides)
-        return config_from_dict(sections, overrides, origin=self._origin)
+        return sections
 
     @property
-    def _origin(self) -> str:
+    def origin(self) -> str:
+        """What the options come from, for messages."""
         parts = [] if self.preset is None else [f"preset {self.preset}"]
         return " and ".join([*parts, *([] if self.config is None else [str(self.config)])])
 

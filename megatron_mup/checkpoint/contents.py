@@ -11,6 +11,7 @@ from typing import Any
 from megatron.core import parallel_state
 
 from megatron_mup.checkpoint.optimizer_state import load_optimizer_tree, optimizer_tree
+from megatron_mup.checkpoint.upstream_args import upstream_args
 from megatron_mup.training.state import TrainState
 
 CHECKPOINT_VERSION = 3.0
@@ -41,6 +42,8 @@ def saved_tree(state: TrainState) -> dict[str, Any]:
     tree["consumed_train_samples"] = state.consumed_samples
     tree["skipped_iterations"] = state.skipped_iterations
     tree["health"] = dict(state.health)
+    # For upstream's loader alone; nothing of this package reads them.
+    tree["args"] = upstream_args(state.run, consumed_train_samples=state.consumed_samples)
     return tree
 
 

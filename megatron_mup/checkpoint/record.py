@@ -26,6 +26,9 @@ READABLE_FORMATS = (1, 2)
 FUNCTION_KEYS = ("role", "shape", "forward_mult")
 """Columns that decide what function the weights are: they differ under no override."""
 
+WEIGHTS_ONLY = "weights"
+"""What ``contents`` says in the record of a converted checkpoint."""
+
 _EVERYTHING = frozenset({"*"})
 _SPEED_ONLY = frozenset({"transformer_impl", "attention_backend"})
 
@@ -109,6 +112,7 @@ def check_record(
     if weights_only:
         _check_weights(saved, run)
         return []
+    _check_contents(saved)
     changes = _option_changes(saved, run, _RESUMED, free=_RESUME_FREE)
     changes += _length_changes(saved, run) + _data_changes(saved, data)
     named = named_options(run)
@@ -136,6 +140,14 @@ def _check_format(saved: Mapping[str, Any]) -> None:
             f"checkpoint record lacks {', '.join(missing)}, so nobody can tell whether this run "
             f"fits it (written by megatron_mup {saved.get('version')}); continue it with the "
             "version that wrote it, or load another checkpoint"
+        )
+
+
+def _check_contents(saved: Mapping[str, Any]) -> None:
+    if saved.get("contents") == WEIGHTS_ONLY:
+        raise CheckpointError(
+            "the checkpoint was converted: it holds no optimizer state, only weights; start from "
+            "them with checkpoint.finetune=true"
         )
 
 

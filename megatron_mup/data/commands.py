@@ -5,22 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import typer
-from typer.core import TyperCommand
 
+from megatron_mup.command_help import PlainCommand
 from megatron_mup.data.megatron_flags import own_arguments
 from megatron_mup.data.preprocess_command import preprocess_command
 from megatron_mup.data.shard_commands import blend, inspect, verify
 from megatron_mup.data.tokenizer_command import tokenizer_command
 
 
-class _PlainCommand(TyperCommand):
-    """A command whose help is plain text: rich's table cuts names of options at 80 columns."""
-
-    def __init__(self, *args: Any, **settings: Any) -> None:
-        super().__init__(*args, **settings | {"rich_markup_mode": None})
-
-
-class _PreprocessCommand(_PlainCommand):
+class _PreprocessCommand(PlainCommand):
     """A command that takes Megatron-LM's flags as well."""
 
     # Before the parser, which would ask for options that are missing and stop at flags that it does
@@ -30,8 +23,8 @@ class _PreprocessCommand(_PlainCommand):
 
 
 app = typer.Typer(no_args_is_help=True, help="Tokenizers, token shards and blends of them.")
-app.command("tokenizer", cls=_PlainCommand)(tokenizer_command)
+app.command("tokenizer", cls=PlainCommand)(tokenizer_command)
 app.command("preprocess", cls=_PreprocessCommand)(preprocess_command)
-app.command("inspect", cls=_PlainCommand)(inspect)
-app.command("verify", cls=_PlainCommand)(verify)
-app.command("blend", cls=_PlainCommand)(blend)
+app.command("inspect", cls=PlainCommand)(inspect)
+app.command("verify", cls=PlainCommand)(verify)
+app.command("blend", cls=PlainCommand)(blend)
