@@ -49,7 +49,15 @@ _FINETUNED: dict[str, frozenset[str]] = {"model": _EVERYTHING}
 # Whether lr_decay_iters is written out or follows train_iters does not matter; its value does, and
 # is compared as ``decay_iters``. The sequence length is free when only weights are loaded.
 _RESUME_FREE = _SPEED_ONLY | {"lr_decay_iters", "deterministic_mode"}
-_FINETUNE_FREE = _SPEED_ONLY | {"seq_length"}
+_FINETUNE_FREE = _SPEED_ONLY | {
+    "seq_length",
+    # Unset or written out, they are one model; the shapes in the table tell whether they are.
+    "kv_channels",
+    "num_query_groups",
+    "ffn_hidden_size",
+    "ffn_multiplier",
+    "make_vocab_size_divisible_by",
+}
 
 _LENGTH_OPTIONS = ("training.train_iters", "schedule.lr_decay_iters")
 _TABLE_SECTIONS = ("optimizer.", "parameterization.")

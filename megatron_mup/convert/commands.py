@@ -351,8 +351,9 @@ def _bar() -> Progress:
 
 
 def _advance(bar: Progress, description: str) -> Callable[[int, int], None]:
-    task = bar.add_task(description, total=None)
-    return lambda done, total: bar.update(task, completed=done, total=total)
+    # Seen from the first byte on: what is refused has written nothing.
+    task = bar.add_task(description, total=None, visible=False)
+    return lambda done, total: bar.update(task, completed=done, total=total, visible=True)
 
 
 def _tell(made: Conversion) -> None:

@@ -89,11 +89,21 @@ class _Approval:
     """Verifies an output that has no name yet, and keeps the report."""
 
     verify: Callable[[Path], VerificationReport]
+    name: Path
     report: VerificationReport | None = field(default=None, init=False)
 
     def __call__(self, folder: Path) -> bool:
-        self.report = self.verify(folder)
+        self.report = _renamed(self.verify(folder), folder, self.name)
         return self.report.passed
+
+
+def _renamed(report: VerificationReport, hidden: Path, name: Path) -> VerificationReport:
+    """The report with the output's name instead of the hidden one that it had meanwhile."""
+    return dataclasses.replace(
+        report,
+        source=report.source.replace(str(hidden), str(name)),
+        other=report.other.replace(str(hidden), str(name)),
+    )
 
 
 def to_huggingface(
@@ -113,9 +123,8 @@ def to_huggingface(
     source = _proved(source, handling)
     approval = None
     if tokens is not None:
-        approval = _Approval(
-            partial(_verified, source, folder, options.hf_format, handling, tokens)
-        )
+        verify = partial(_verified, source, folder, options.hf_format, handling, tokens)
+        approval = _Approval(verify, folder)
     export = write_huggingface(
         source,
         folder,
@@ -197,7 +206,8 @@ def from_huggingface(
             progress=handling.say,
         )
 
-    return _written(rescaled, root, run, handling, None if tokens is None else _Approval(verify))
+    approval = None if tokens is None else _Approval(verify, root)
+    return _written(rescaled, root, run, handling, approval)
 
 
 def from_upstream(
@@ -234,7 +244,8 @@ def _rewritten(source: WeightSource, root: Path, run: RunConfig, handling: Handl
             source, written, tokens=tokens, expected=rescaled, progress=handling.say
         )
 
-    return _written(rescaled, root, run, handling, None if tokens is None else _Approval(verify))
+    approval = None if tokens is None else _Approval(verify, root)
+    return _written(rescaled, root, run, handling, approval)
 
 
 def _written(

@@ -137,6 +137,15 @@ def test_a_record_of_format_1_is_continued_in_its_precision_only(bf16: bool) -> 
         check(f"bf16={str(not bf16).lower()}", record=record)
 
 
+def test_sizes_that_are_written_out_are_those_that_follow() -> None:
+    record = make_record(tiny())
+    same = ["kv_channels=16", "num_query_groups=4", "ffn_hidden_size=256"]
+    assert check_record(record, tiny(*same), weights_only=True) == []
+    for other in ("num_query_groups=2", "ffn_hidden_size=128"):
+        with pytest.raises(CheckpointError, match="shape was"):
+            check_record(record, tiny(other), weights_only=True)
+
+
 def test_a_record_without_its_numbers_is_refused_in_words() -> None:
     record = first_format(False)
     del record["multipliers"], record["decay_iters"]

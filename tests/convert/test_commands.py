@@ -57,7 +57,7 @@ def test_an_export_is_verified_and_loads_with_its_tokenizer(
     words = ("--load", run, "--output", folder, "--format", hf_format, "--tokenizer-model", model)
     result = call("to-hf", *words)
     assert result.exit_code == 0, result.output
-    assert "Verification passed" in result.stdout
+    assert f"Verification passed: {folder}" in result.stdout
     assert "float32" in result.stdout
     assert "bfloat16" in result.stdout
     report = json.loads((folder / "verification.json").read_text())
