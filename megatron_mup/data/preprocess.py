@@ -360,6 +360,7 @@ class _Job:
             max_document_bytes=options.max_document_bytes,
             skip_bad=options.skip_bad,
             token_bytes=np.dtype(token_dtype(self.tokenizer.vocab_size)).itemsize,
+            deduplicate=options.deduplicate,
         )
 
     def _assemble(self) -> JobManifest:

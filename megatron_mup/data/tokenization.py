@@ -42,6 +42,9 @@ KEPT_PLACES = 100
 
 _COUNT_BYTES = 1 << 22
 
+# What is hashed of a text where only the audit chooses by it: ends differ more than beginnings.
+_END_BYTES = 256
+
 
 @dataclass(frozen=True, kw_only=True)
 class WorkSettings:
@@ -82,6 +85,14 @@ class WorkSettings:
 
     token_bytes: int
     """Bytes of an id in the shards."""
+
+    deduplicate: bool
+    """Whether copies of documents are to be recognized."""
+
+    @property
+    def needs_digests(self) -> bool:
+        """Whether the split or copies are decided by the SHA-256 of whole texts."""
+        return self.deduplicate or self.valid_fraction > 0 or self.test_fraction > 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +136,7 @@ class UnitTokenizer:
                 continue
             encoded = self._engine.encode_flat(batch.texts)
             # Afterwards: an engine leaves the UTF-8 that it asked for in the texts.
-            digests, text_bytes = _hashed(batch.texts)
+            digests, text_bytes = _hashed(batch.texts, whole=self._settings.needs_digests)
             wrong = None
             if self._engine.name != REFERENCE:
                 wrong = audit(self._tokenizer, batch.texts, encoded, digests)
@@ -224,9 +235,11 @@ class _Counts:
         )
 
 
-def _hashed(texts: list[str]) -> tuple[list[bytes], list[int]]:
+def _hashed(texts: list[str], *, whole: bool) -> tuple[list[bytes], list[int]]:
+    """Return the SHA-256 digests of the texts (or only of their ends) and their UTF-8 bytes."""
     raw = [text.encode("utf-8") for text in texts]
-    return [hashlib.sha256(part).digest() for part in raw], [len(part) for part in raw]
+    hashed = raw if whole else [part[-_END_BYTES:] for part in raw]
+    return [hashlib.sha256(part).digest() for part in hashed], [len(part) for part in raw]
 
 
 def _file(task: Task, number: int) -> InputFile:

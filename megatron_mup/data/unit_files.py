@@ -42,7 +42,7 @@ ROW = np.dtype(
 )
 """A document: its length in tokens (eod included), the number of its split, the number of its input
 file, its position there (see ``documents.DocumentBatch``), the UTF-8 bytes and the digest of its
-text."""
+text (of the end of it where neither splits nor copies are asked for)."""
 
 
 logger = logging.getLogger(__name__)

@@ -265,6 +265,23 @@ def test_a_run_that_stopped_goes_on_when_bad_documents_are_left_out(
     assert len(list(units.glob("*.unit"))) == len(finished) + 1
 
 
+@pytest.mark.parametrize("options", [{"deduplicate": True}, {"valid_fraction": 0.5}])
+def test_copies_and_splits_go_by_the_whole_text(
+    tmp_path: Path, tokenizer: Tokenizer, options: dict[str, object]
+) -> None:
+    texts = [f"{number} {'the same end ' * 50}" for number in range(20)]
+    path = write_jsonl(tmp_path / "a.jsonl", texts)
+    asked = dataclasses.replace(ONE_SHARD, **options)
+    manifest = preprocess([path], tmp_path / "s", tokenizer=tokenizer, options=asked)
+    assert isinstance(manifest, JobManifest)
+    held_out = sum(is_held_out(text, asked.valid_fraction) for text in texts)
+    found = {
+        name: sum(shard.documents for shard in split) for name, split in manifest.splits.items()
+    }
+    assert found == ({"train": 20 - held_out, "valid": held_out} if held_out else {"train": 20})
+    assert (held_out > 0) == ("valid_fraction" in options)
+
+
 def test_unfinished_work_is_not_thrown_away_while_a_process_is_at_it(
     tmp_path: Path, tokenizer: Tokenizer, jsonl: Path
 ) -> None:
