@@ -13,7 +13,7 @@ from pathlib import Path
 
 from megatron_mup.data.blend import expand_blend, parse_blend
 from megatron_mup.data.manifest import job_manifest_path, read_job_manifest
-from megatron_mup.data.publication import check_writable, publish_text
+from megatron_mup.data.publication import check_writable, explained_failure, publish_text
 from megatron_mup.data.shard_sets import SetInfo, expand, named_prefix, set_info
 from megatron_mup.data.shards import check_one_tokenizer
 from megatron_mup.errors import DataError
@@ -133,7 +133,8 @@ def write_blend(
         train, valid = _expanded(train), _expanded(valid)
     # Megatron-LM asks for all three splits, and takes null for none.
     record = {"train": train, "valid": list(valid) or None, "test": None}
-    publish_text(output, json.dumps(record, indent=2) + "\n")
+    with explained_failure(output, "--output"):
+        publish_text(output, json.dumps(record, indent=2) + "\n")
 
 
 def _expanded(paths: Sequence[str]) -> list[str]:

@@ -76,6 +76,9 @@ _SHARD_INDEX = b"MMIDIDX"
 
 _SUFFIX_OF = {"gzip": ".gz", "zstd": ".zst", "xz": ".xz", _PARQUET: ".parquet"}
 
+_DECOMPRESSED_BY = {"gzip": "gzip -dc", "zstd": "zstd -dc", "xz": "xz -dc", "bzip2": "bzip2 -dc"}
+"""The command that writes an archive's contents to a pipe."""
+
 _FINGERPRINT_BYTES = 64 << 10
 
 
@@ -262,6 +265,32 @@ def _standard_input(input_format: InputFormat) -> InputFile:
     return InputFile(name=STDIN, format=input_format, compression=Compression.NONE, size_bytes=None)
 
 
+def check_stdin(head: bytes, expected_format: InputFormat) -> None:
+    """Refuse standard input that is no text; unlike a file, it shows that only when it is read.
+
+    Args:
+        head: Its first 8 bytes, or all of them.
+        expected_format: What it is read as.
+
+    Raises:
+        DataError: It begins like an archive, Parquet or UTF-16.
+    """
+    found = _kind(head)
+    if found is None:
+        return
+    cure = "convert it in the pipe"
+    if found in _DECOMPRESSED_BY:
+        cure = f"decompress it in the pipe: {_DECOMPRESSED_BY[found]} FILE | ... --input -"
+    elif found == _PARQUET:
+        cure = "pass the file to --input"
+    raise DataError(f"standard input (-) is {found}, not {expected_format.value}; {cure}")
+
+
+def _kind(head: bytes) -> str | None:
+    """What a file that begins with these bytes is; None for what may be text."""
+    return next((kind for magic, kind in _MAGICS.items() if head.startswith(magic)), None)
+
+
 def _look(name: str) -> tuple[bytes, int]:
     """The first bytes and the size of a file; raises DataError if it cannot be read."""
     try:
@@ -296,7 +325,7 @@ def _check_head(
     name: str, expected_format: InputFormat, compression: Compression, head: bytes
 ) -> None:
     """Refuse a file that does not begin as its suffix promises."""
-    found = next((kind for magic, kind in _MAGICS.items() if head.startswith(magic)), None)
+    found = _kind(head)
     expected: str | None = None
     if compression is not Compression.NONE:
         expected = compression.value

@@ -259,11 +259,12 @@ def _inspection(
 
 
 def _opened(shard: Path, tokenizer: Tokenizer | None) -> ShardInfo:
+    info = open_shard(shard)
     if tokenizer is None:
-        return open_shard(shard)
-    info = open_shard(shard, vocab_size=tokenizer.vocab_size)
+        return info
+    # First: of another tokenizer, ids outside the vocabulary are only a consequence.
     check_tokenizer(info, tokenizer.sha256)
-    return info
+    return open_shard(shard, vocab_size=tokenizer.vocab_size)
 
 
 def _draw(infos: list[ShardInfo], tokenizer: Tokenizer, count: int, seed: int) -> list[Sample]:

@@ -99,6 +99,29 @@ def published(target: Path, *, synced: bool = True) -> Iterator[BinaryIO]:
         sync_folder(target.parent)
 
 
+@contextlib.contextmanager
+def explained_failure(target: Path, option: str) -> Iterator[None]:
+    """Turn the system's refusal to write an output, say of a full disk, into a user's error.
+
+    Args:
+        target: The output.
+        option: The command-line option that names it.
+
+    Yields:
+        None; the block writes the output.
+
+    Raises:
+        DataError: The block raised OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"cannot write {target}: {error.strerror or error}; free space, or pass a {option} "
+            "elsewhere, and run the command again"
+        ) from error
+
+
 def publish_text(target: Path, text: str) -> None:
     """Write a text file that appears under its name only when it is complete.
 

@@ -236,10 +236,16 @@ def _check_extents(plan: Plan) -> None:
         left_out += f", {sum(plan.rejected.values())} bad"
     for name, extents in plan.extents.items():
         if not extents and name == SPLITS[0]:
+            # The finished units are kept: any other command than the same needs --overwrite.
+            if not any(plan.extents.values()):
+                raise DataError(
+                    f"the inputs hold no document with text ({left_out}); pass other --input, and "
+                    "--overwrite"
+                )
             raise DataError(
-                f"no document for the split {name}: the inputs hold too few documents with text "
-                f"({left_out}); pass more --input, or --overwrite with --valid-fraction 0 and "
-                "--test-fraction 0 for no held-out split"
+                f"no document for the split {name}: all are held out ({left_out}); pass more "
+                "--input, or --valid-fraction 0 and --test-fraction 0 for no held-out split, and "
+                "--overwrite"
             )
         if not extents:
             # Not an error: all the work is done, and the hash decides, not the user.

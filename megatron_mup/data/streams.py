@@ -18,7 +18,7 @@ from typing import BinaryIO, Protocol, cast
 import zstandard
 
 from megatron_mup.data.batches import BadReason, Rejected, too_large
-from megatron_mup.data.inputs import STDIN, Compression, InputFile, unreadable
+from megatron_mup.data.inputs import STDIN, Compression, InputFile, check_stdin, unreadable
 from megatron_mup.errors import DataError
 
 _PIECE_BYTES = 256 << 10
@@ -160,6 +160,9 @@ class _Stream(io.RawIOBase):
         )
         self._rest = memoryview(b"")
         self._offset = 0
+        if file.name == STDIN:
+            self._rest = memoryview(self._next() or b"")
+            check_stdin(bytes(self._rest[:8]), file.format)
 
     def readable(self) -> bool:
         return True

@@ -19,7 +19,7 @@ import sentencepiece
 
 from megatron_mup.data.documents import check_fraction, read_documents, splits_of
 from megatron_mup.data.inputs import InputFile, find_inputs
-from megatron_mup.data.publication import check_writable, published
+from megatron_mup.data.publication import check_writable, explained_failure, published
 from megatron_mup.data.tokenizer import SPACE_SYMBOL, Tokenizer, tokenizer_from_bytes
 from megatron_mup.errors import DataError
 
@@ -188,7 +188,7 @@ def train_tokenizer(
     model, unused = _padded(_train(corpus, options), options)
     tokenizer = tokenizer_from_bytes(model, name=str(target))
     held_out, bytes_per_token = _measure(tokenizer, corpus.held_out)
-    with published(target) as stream:
+    with explained_failure(target, "--model-prefix"), published(target) as stream:
         stream.write(model)
     return TokenizerReport(
         model_path=target,

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+import resource
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -51,3 +53,12 @@ def upstream() -> ModuleType:
     from megatron.core.datasets import indexed_dataset
 
     return indexed_dataset
+
+
+@pytest.fixture
+def full_disk() -> Iterator[None]:
+    """No file may grow beyond 64 bytes; the system refuses it as it does on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -207,6 +207,16 @@ def test_a_corpus_without_a_document_to_train_on_is_refused(tmp_path: Path) -> N
     assert made(tmp_path) == {}
 
 
+def test_a_corpus_without_text_is_refused_without_a_word_on_splits(tmp_path: Path) -> None:
+    keys = write_docs(tmp_path / "p.work", {UnitKey(0, 0): []}, empty_documents=4)
+    request = request_for(tmp_path / "p.work", tmp_path / "p", keys)
+    # The work of the empty corpus is there, so that another --input alone would be refused.
+    message = r"no document with text \(4 were empty, 0 copies .*; pass other --input, and --overwr"
+    with pytest.raises(DataError, match=message) as refused:
+        assemble(request, workers=1)
+    assert "fraction" not in str(refused.value)
+
+
 def test_units_of_a_split_that_is_not_made_are_refused(tmp_path: Path) -> None:
     keys = write_docs(tmp_path / "p.work", {UnitKey(0, 0): [Doc("a", (1,), "test")]})
     request = request_for(tmp_path / "p.work", tmp_path / "p", keys, splits=("train", "valid"))

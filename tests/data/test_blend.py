@@ -242,3 +242,14 @@ def test_a_blend_with_a_missing_held_out_shard_is_not_written(
             valid=[str(tmp_path / "gone")],
         )
     assert not (tmp_path / "blend.json").exists()
+
+
+def test_a_blend_file_that_the_disk_does_not_hold_is_an_error_with_its_option(
+    corpora: tuple[str, str], tmp_path: Path, full_disk: None
+) -> None:
+    parts = plan_blend(corpora, train_tokens=100)
+    with pytest.raises(
+        DataError, match=r"cannot write .*b\.json: File too large; free .* --output"
+    ):
+        write_blend(tmp_path / "b.json", parts)
+    assert not list(tmp_path.glob("*b.json*"))

@@ -121,6 +121,18 @@ def test_inspection_refuses_another_tokenizer(tmp_path: Path, tokenizer: Tokeniz
         inspect_prefix(prefix, tokenizer=tokenizer)
 
 
+def test_another_tokenizer_is_named_rather_than_the_ids_that_it_lacks(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    largest = tokenizer.vocab_size
+    prefix = write_own_shard(tmp_path / "s", [[largest, 2]], vocab_size=largest + 1)
+    with pytest.raises(DataError, match=r"made with the tokenizer aaaaaaaaaaaa\.\.\., not with"):
+        inspect_prefix(prefix, tokenizer=tokenizer)
+    # Without a manifest the ids are all there is to tell by.
+    with pytest.raises(DataError, match=f"holds token id {largest}"):
+        inspect_prefix(write_shard(tmp_path / "t", [[largest, 2]]), tokenizer=tokenizer)
+
+
 def test_a_job_without_shards_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"o\.manifest\.json: names no shard"):
         inspect_prefix(write_job(tmp_path / "o", {}))

@@ -185,6 +185,26 @@ def test_standard_input_is_cut_like_a_file(monkeypatch: pytest.MonkeyPatch) -> N
     assert len(found) == -(-len(LINES) // 10_000)
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        *(
+            (COMPRESS[suffix](LINES), f"is {kind}, not jsonl; decompress it .*: {kind} -dc FILE")
+            for suffix, kind in ((".gz", "gzip"), (".zst", "zstd"), (".xz", "xz"))
+        ),
+        (b"PAR1\x15\x04", "is Parquet, not jsonl; pass the file to --input"),
+        ('{"text": "a"}\n'.encode("utf-16"), "is UTF-16, not jsonl; convert it"),
+    ],
+)
+def test_standard_input_that_is_no_text_is_refused_by_what_it_is(
+    content: bytes, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [file] = find_inputs(["-"])
+    monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(buffer=io.BytesIO(content)))
+    with pytest.raises(DataError, match=rf"standard input \(-\) {message}"):
+        units(file, 10_000)
+
+
 any_line = st.binary(max_size=12) | st.text(max_size=9).map(
     lambda text: json.dumps({"text": text}, ensure_ascii=False).encode()
 )

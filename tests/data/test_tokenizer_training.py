@@ -254,3 +254,12 @@ def test_an_existing_model_is_kept_without_overwrite(model_path: Path, sources: 
             sources, model_path.with_suffix(""), options=TokenizerOptions(vocab_size=300)
         )
     assert model_path.read_bytes() == before
+
+
+def test_a_model_that_the_disk_does_not_hold_is_an_error_with_its_option(
+    sources: list[Path], tmp_path: Path, full_disk: None
+) -> None:
+    message = r"cannot write .*t\.model: File too large; free space, or pass a --model-prefix"
+    with pytest.raises(DataError, match=message):
+        train_tokenizer(sources, tmp_path / "t", options=TokenizerOptions(vocab_size=400))
+    assert not list(tmp_path.glob("*t.model*"))
