@@ -18,6 +18,7 @@ from megatron_mup.convert.verification_text import (
 )
 from megatron_mup.convert.weights import WeightSource
 from megatron_mup.data.blend import parse_blend, valid_paths
+from megatron_mup.data.shard_sets import expand
 from megatron_mup.data.tokenizer import Tokenizer
 from megatron_mup.errors import DataError
 
@@ -30,7 +31,7 @@ class Handling:
 
     Attributes:
         overwrite: replace an earlier output.
-        check: compare the SHA-256 of a checkpoint's files before it is read.
+        check: compare the SHA-256 of the source's files, where it lists them, meanwhile.
         verify: compare log-probabilities at the end.
         tokenizer: of the model; turns text into ids.
         any_tokenizer: accept a tokenizer that is not the one that the run recorded.
@@ -93,7 +94,7 @@ def _held_out_shards(source: WeightSource) -> Sequence[str]:
         return ()
     # The blend file, if it was one, may be elsewhere by now.
     with contextlib.suppress(DataError):
-        prefixes = [Path(path) for path in parse_blend(valid_paths(source.run))[0]]
-        there = [path for path in prefixes if any(path.parent.glob(f"{path.name}*.idx"))]
-        return [str(path) for path in there[:1]]
+        for prefix in parse_blend(valid_paths(source.run))[0]:
+            if Path(f"{expand(Path(prefix))[0]}.idx").is_file():
+                return [prefix]
     return ()

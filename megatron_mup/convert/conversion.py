@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,8 @@ from typing import Any
 from megatron_mup.checkpoint.upstream_args import upstream_line
 from megatron_mup.config import RunConfig
 from megatron_mup.convert.checked_text import Handling, tokens_for
+from megatron_mup.convert.concurrent_check import checked_meanwhile
+from megatron_mup.convert.finetune_config import write_finetune_config
 from megatron_mup.convert.formats import HfFormat, refuse
 from megatron_mup.convert.gguf_check import gguf_line
 from megatron_mup.convert.huggingface_source import HuggingFaceSource
@@ -28,6 +31,7 @@ from megatron_mup.convert.huggingface_target import (
 )
 from megatron_mup.convert.megatron_source import MegatronSource
 from megatron_mup.convert.megatron_target import write_megatron
+from megatron_mup.convert.output_places import check_checkpoint, check_export
 from megatron_mup.convert.published_folder import is_rejected
 from megatron_mup.convert.remote_code import check_transformers
 from megatron_mup.convert.rescaling import RescaledWeights, factors
@@ -39,6 +43,7 @@ from megatron_mup.convert.upstream_source import UpstreamSource
 from megatron_mup.convert.verification import verify_export, verify_rewrite
 from megatron_mup.convert.verification_report import VerificationReport
 from megatron_mup.convert.verification_text import CheckedTokens
+from megatron_mup.convert.weight_checksums import has_checksums, refuse_changed_weights
 from megatron_mup.convert.weights import WeightSource
 from megatron_mup.data.publication import publish_text
 from megatron_mup.data.tokenizer import Tokenizer
@@ -118,26 +123,28 @@ def to_huggingface(
     """
     refuse(options.hf_format, source.model)
     _check_options(options, handling)
+    dtype = options.dtype or ("bfloat16" if source.run.precision.bf16 else "float32")
+    check_export(source.folder, folder, dtype=dtype, overwrite=handling.overwrite)
     tokens = _tokens(handling, source, transformers=True)
     extra = _tokenizer_writer(handling.tokenizer, source, tokens)
-    source = _proved(source, handling)
     approval = None
     if tokens is not None:
         verify = partial(_verified, source, folder, options.hf_format, handling, tokens)
         approval = _Approval(verify, folder)
-    export = write_huggingface(
-        source,
-        folder,
-        hf_format=options.hf_format,
-        dtype=options.dtype or ("bfloat16" if source.run.precision.bf16 else "float32"),
-        max_shard_bytes=options.max_shard_bytes,
-        overwrite=handling.overwrite,
-        allow_non_finite=options.allow_non_finite,
-        token_ids=_token_ids(handling.tokenizer),
-        progress=handling.progress,
-        extra_files=extra,
-        approve=approval,
-    )
+    with _checked(source, handling) as checked:
+        export = write_huggingface(
+            source,
+            folder,
+            hf_format=options.hf_format,
+            dtype=dtype,
+            max_shard_bytes=options.max_shard_bytes,
+            overwrite=handling.overwrite,
+            allow_non_finite=options.allow_non_finite,
+            token_ids=_token_ids(handling.tokenizer),
+            progress=handling.progress,
+            extra_files=extra,
+            approve=_after(checked, approval),
+        )
     return Conversion(
         folder=export.folder,
         lines=tuple(_export_lines(export)),
@@ -180,20 +187,20 @@ def from_huggingface(
 
     Args:
         source: the folder.
-        root: the new checkpoint's.
+        root: of the new checkpoint.
         run: the target, from ``target_run``.
         handling: how to go about it.
-        trust_remote_code: run modeling files of the folder that are not this package's.
+        trust_remote_code: run modeling files of the folder that are not ours.
 
     Raises:
         CheckpointError: the target cannot hold the function, or nothing can be written.
     """
     folder = Path(source.where)
+    check_checkpoint(folder, root, iteration=0, overwrite=handling.overwrite)
     rescaled = RescaledWeights(source, run.model, run.table.multipliers)
     tokens = _tokens(handling, source, transformers=True)
     if tokens is not None:
-        # Whatever it refuses is better told before the long write.
-        ExportedFolder(folder, trust_remote_code=trust_remote_code)
+        ExportedFolder(folder, trust_remote_code=trust_remote_code)  # refuses before the long write
 
     def verify(hidden: Path) -> VerificationReport:
         assert tokens is not None
@@ -206,14 +213,15 @@ def from_huggingface(
             progress=handling.say,
         )
 
-    approval = None if tokens is None else _Approval(verify, root)
-    return _written(rescaled, root, run, handling, approval)
+    with _weights_checked(folder, handling) as checked:
+        return _written(rescaled, root, run, handling, verify if tokens else None, checked=checked)
 
 
 def from_upstream(
     source: UpstreamSource, root: Path, *, run: RunConfig, handling: Handling
 ) -> Conversion:
     """Take a checkpoint of megatron.training over; see ``from_huggingface``."""
+    check_checkpoint(source.folder, root, iteration=0, overwrite=handling.overwrite)
     return _rewritten(source, root, run, handling)
 
 
@@ -225,11 +233,12 @@ def to_standard(
     Raises:
         CheckpointError: the standard parameterization cannot hold it, or nothing can be written.
     """
+    check_checkpoint(source.folder, root, iteration=0, overwrite=handling.overwrite)
     plain = standard_run(source.run, overrides, gains=False)
     changed = factors(source.model, source.multipliers, plain.table.multipliers)
     gains = any(changed[kind] != 1.0 for kind in ("final_gain", "embedding_gain"))
     run = standard_run(source.run, overrides, gains=gains)
-    return _rewritten(_proved(source, handling), root, run, handling)
+    return _rewritten(source, root, run, handling)
 
 
 def _rewritten(source: WeightSource, root: Path, run: RunConfig, handling: Handling) -> Conversion:
@@ -244,8 +253,13 @@ def _rewritten(source: WeightSource, root: Path, run: RunConfig, handling: Handl
             source, written, tokens=tokens, expected=rescaled, progress=handling.say
         )
 
-    approval = None if tokens is None else _Approval(verify, root)
-    return _written(rescaled, root, run, handling, approval)
+    if isinstance(source, MegatronSource):
+        check = _checked(source, handling)
+    else:
+        check = checked_meanwhile(None)
+    with check as checked:
+        wanted = None if tokens is None else verify
+        return _written(rescaled, root, run, handling, wanted, checked=checked)
 
 
 def _written(
@@ -253,16 +267,19 @@ def _written(
     root: Path,
     run: RunConfig,
     handling: Handling,
-    approval: _Approval | None,
+    verify: Callable[[Path], VerificationReport] | None,
+    *,
+    checked: Callable[[], None],
 ) -> Conversion:
     """Write weights under a run's multipliers; its report lies beside the checkpoint."""
+    approval = None if verify is None else _Approval(verify, root)
     folder = write_megatron(
         rescaled,
         root,
         run=run,
         overwrite=handling.overwrite,
         progress=handling.progress,
-        approve=approval,
+        approve=_after(checked, approval),
     )
     report = None if approval is None else approval.report
     # A checkpoint's own files are listed in it, so the report cannot be one of them.
@@ -271,7 +288,10 @@ def _written(
         (place / REPORT_FILE).unlink(missing_ok=True)
     else:
         publish_text(place / REPORT_FILE, _public(report, folder))
-    return Conversion(folder=folder, lines=_import_lines(folder, run), report=report)
+    if is_rejected(folder):
+        return Conversion(folder=folder, lines=(), report=report)
+    config = write_finetune_config(root, run)
+    return Conversion(folder=folder, lines=_import_lines(folder, run, config), report=report)
 
 
 def _tokens(
@@ -287,13 +307,38 @@ def _tokens(
     return tokens_for(source, handling)
 
 
-def _proved(source: MegatronSource, handling: Handling) -> MegatronSource:
-    """The same checkpoint after its files were compared with their checksums, if asked for."""
-    if not handling.check:
-        return source
+def _checked(
+    source: MegatronSource, handling: Handling
+) -> AbstractContextManager[Callable[[], None]]:
+    """Compare a checkpoint's files with their checksums meanwhile, if asked for."""
+    if handling.check:
+        _say(handling, f"comparing the SHA-256 of all files of {source.folder} meanwhile")
+    return source.checked_meanwhile(wanted=handling.check)
+
+
+def _weights_checked(
+    folder: Path, handling: Handling
+) -> AbstractContextManager[Callable[[], None]]:
+    """The same of a Hugging Face folder, where it lists the checksums of its weights."""
+    if not (handling.check and has_checksums(folder)):
+        return checked_meanwhile(None)
+    _say(handling, f"comparing the SHA-256 of the weights of {folder} meanwhile")
+    return checked_meanwhile(partial(refuse_changed_weights, folder))
+
+
+def _after(checked: Callable[[], None], approval: _Approval | None) -> Callable[[Path], bool]:
+    """Approve an output once the check of its source, which ran meanwhile, has passed."""
+
+    def approve(hidden: Path) -> bool:
+        checked()
+        return approval is None or approval(hidden)
+
+    return approve
+
+
+def _say(handling: Handling, what: str) -> None:
     if handling.say is not None:
-        handling.say(f"comparing the SHA-256 of all files of {source.folder}")
-    return MegatronSource(source.folder, check=True)
+        handling.say(what)
 
 
 def _public(report: VerificationReport, folder: Path) -> str:
@@ -338,12 +383,14 @@ def _export_lines(export: HfExport) -> list[str]:
     ]
 
 
-def _import_lines(folder: Path, run: RunConfig) -> tuple[str, ...]:
+def _import_lines(folder: Path, run: RunConfig, config: Path) -> tuple[str, ...]:
     multipliers = dataclasses.asdict(run.table.multipliers)
     told = ", ".join(f"{name} {value:g}" for name, value in multipliers.items())
     return (
         f"{folder}: parameterization {run.parameterization.name}, multipliers {told}",
         f"weights alone: train from it with checkpoint.load={folder.parent} "
-        "checkpoint.finetune=true",
+        "checkpoint.finetune=true; all options that follow from the model are in a file: "
+        f"megatron-mup train --config {config} data.train_data_path=[...] optimizer.lr=... "
+        "train_iters=... global_batch_size=... micro_batch_size=...",
         upstream_line(run),
     )

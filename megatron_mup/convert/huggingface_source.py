@@ -67,7 +67,7 @@ class HuggingFaceSource:
             raise CheckpointError(f"{self.where} has no tensor {name}")
         hf_name = self._names[name]
         file = self._files[hf_name]
-        values = file.read(hf_name).float()
+        values = file.read(hf_name, dtype=torch.float32)
         if not torch.stack(torch.aminmax(values)).isfinite().all():
             raise CheckpointError(
                 f"{file.path}: tensor {hf_name} is not finite; the file is damaged, or its "

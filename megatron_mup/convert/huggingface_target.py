@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_mup.checkpoint.integrity import digest_files, write_checksums
 from megatron_mup.convert.formats import (
     REMOTE_CODE,
     HfFormat,
@@ -25,6 +27,7 @@ from megatron_mup.convert.formats import (
     stored_multipliers,
 )
 from megatron_mup.convert.huggingface_config import config_dict
+from megatron_mup.convert.huggingface_folder import CONFIG_FILE
 from megatron_mup.convert.model_card import is_our_card, model_card
 from megatron_mup.convert.published_folder import Target, check_room, published_folder
 from megatron_mup.convert.rescaling import RescaledWeights, factors
@@ -48,7 +51,6 @@ EXPORT_DTYPES = {
 MAX_SHARD_BYTES = 5 * 10**9
 """What transformers' save_pretrained had for years: hosts and browsers cope with it."""
 
-CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
 CARD_FILE = "README.md"
 _TOKENIZER_FILE = "tokenizer_config.json"
@@ -130,7 +132,7 @@ def write_huggingface(
         exporter.fill(output.hidden, dict(token_ids or {}))
         if extra_files is not None:
             extra_files(output.hidden)
-        exporter.write_card(output.hidden)
+        exporter.write_card(output.hidden, dict(token_ids or {}))
     return replace(exporter.export, folder=output.folder)
 
 
@@ -187,10 +189,7 @@ class _Exporter:
         """Write everything but the card."""
         advice = "make room, export in bfloat16, or choose another disk"
         check_room(folder, self.export.weight_bytes, folder=self.export.folder, advice=advice)
-        for name, shard in self._shards.items():
-            write_file(folder / name, shard, self._dtype, self._read)
-        if len(self._shards) > 1:
-            _write_json(folder / INDEX_FILE, index(self._shards, itemsize=self._dtype.itemsize))
+        self._write_weights(folder)
         stored, export = self._stored, self.export
         config = config_dict(
             export.hf_format, stored.model, stored.multipliers, export.dtype, token_ids
@@ -203,7 +202,28 @@ class _Exporter:
                 code = resources.files(_REMOTE_PACKAGE).joinpath(name).read_text(encoding="utf-8")
                 (folder / name).write_text(code, encoding="utf-8")
 
-    def write_card(self, folder: Path) -> None:
+    def _write_weights(self, folder: Path) -> None:
+        """Write the weights, their index and their checksums; a file is digested beside the next.
+
+        The checksums are those of weights alone: whoever publishes a model may edit the rest.
+        """
+        pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="digest")
+        try:
+            running = []
+            for name, shard in self._shards.items():
+                write_file(folder / name, shard, self._dtype, self._read)
+                running.append(pool.submit(digest_files, folder, [name]))
+            digests = {}
+            if len(self._shards) > 1:
+                _write_json(folder / INDEX_FILE, index(self._shards, itemsize=self._dtype.itemsize))
+                digests = digest_files(folder, [INDEX_FILE])
+            for task in running:
+                digests |= task.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+        write_checksums(folder, digests)
+
+    def write_card(self, folder: Path, token_ids: dict[str, int | None]) -> None:
         """Write README.md, which says whether a tokenizer is there."""
         card = model_card(
             self._source,
@@ -213,6 +233,7 @@ class _Exporter:
             elements=self.export.elements,
             folded=self.export.folded,
             tokenizer=(folder / _TOKENIZER_FILE).exists(),
+            token_ids=token_ids,
         )
         (folder / CARD_FILE).write_text(card, encoding="utf-8")
 

@@ -28,8 +28,10 @@ from megatron_mup.convert.huggingface_folder import (
 )
 from megatron_mup.convert.megatron_source import find_folder, recorded_run
 from megatron_mup.convert.safetensors_shards import DTYPES
+from megatron_mup.convert.stored_blocks import Sizes
 from megatron_mup.convert.stored_places import COMMON_STATE, OPTIMIZER_PREFIX, place_of
-from megatron_mup.convert.stored_tensors import Sizes, StoredTensors
+from megatron_mup.convert.stored_tensors import StoredTensors
+from megatron_mup.convert.weight_checksums import changed_weights, has_checksums
 from megatron_mup.errors import CheckpointError
 from megatron_mup.parameterization.roles import ModelShape, logical_tensors
 
@@ -83,8 +85,8 @@ class Inspection:
         groups: all tensors.
         provenance: where it comes from.
         problems: what is wrong, as sentences; empty when it is whole.
-        checked: ``sizes`` of the files, or their ``sha256``; for a folder for transformers,
-            which has no checksums, its ``headers``, or all ``values``.
+        checked: ``sizes`` of the files, or their ``sha256``; for a folder for transformers its
+            ``headers``, or all ``values``, or ``sha256 and values`` if it lists checksums.
     """
 
     folder: Path
@@ -120,8 +122,8 @@ def inspect_checkpoint(
     Args:
         path: a run's folder, an ``iter_*`` folder, or a folder with config.json and safetensors.
         iteration: which checkpoint of a run's folder; unset means the newest.
-        check: compare the SHA-256 of all files, which reads all of them; a folder for transformers
-            has none, and its tensors are read to the end instead.
+        check: compare the SHA-256 of all files, which reads all of them; of a folder for
+            transformers, that of the weights if it is listed, and read all tensors.
 
     Raises:
         CheckpointError: it is none of these, or its description cannot be read.
@@ -168,6 +170,9 @@ def _inspect_huggingface(folder: Path, *, check: bool) -> Inspection:
     tensors = HuggingFaceFolder(folder, problems=problems)
     expected = {tensor.name: tensor for tensor in hf_tensors(hf_format, model)}
     problems += _misfits(tensors, expected)
+    listed = check and has_checksums(folder)
+    if listed:
+        problems += _changed(folder)
     if check:
         problems += _unreadable(tensors)
     stored = stored_model(hf_format, model)
@@ -183,7 +188,7 @@ def _inspect_huggingface(folder: Path, *, check: bool) -> Inspection:
         dtypes=_dtypes(groups),
         groups=groups,
         problems=tuple(problems),
-        checked="values" if check else "headers",
+        checked="sha256 and values" if listed else "values" if check else "headers",
     )
 
 
@@ -261,6 +266,14 @@ def _misfits(folder: HuggingFaceFolder, expected: Mapping[str, HfTensor]) -> lis
                 f"{list(expected[name].shape)}."
             )
     return found
+
+
+def _changed(folder: Path) -> list[str]:
+    """Weight files that are not those of the export; reads all of them."""
+    try:
+        return changed_weights(folder)
+    except CheckpointError as error:
+        return [f"{error}."]
 
 
 def _unreadable(folder: HuggingFaceFolder) -> list[str]:

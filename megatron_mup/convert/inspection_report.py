@@ -82,11 +82,14 @@ def _verdict(found: Inspection) -> list[str]:
         return [f"damaged: {problem}" for problem in found.problems]
     if found.checked == "sha256":
         return ["whole: every file has its SHA-256"]
+    if found.checked == "sha256 and values":
+        return ["whole: every weight file has its SHA-256, and every tensor is finite"]
     if found.checked == "values":
         return [
-            f"readable: every tensor of {CONFIG_FILE} is there and finite; such a folder has no "
+            f"readable: every tensor of {CONFIG_FILE} is there and finite; the folder lists no "
             "checksums to compare"
         ]
+    what = "file has its size"
     if found.checked == "headers":
-        return [f"complete: every tensor of {CONFIG_FILE} is there; values were not read"]
-    return ["complete: every file has its size; contents were not compared"]
+        what = f"tensor of {CONFIG_FILE} is there"
+    return [f"complete: every {what}; contents were not compared (pass --check to compare them)"]

@@ -1,9 +1,9 @@
 """Run a model that does not fit into memory: each block's weights come just before its forward.
 
-A block is what computes with its parameters at one time: a transformer layer, an embedding, a norm,
-the readout. Between two uses a parameter keeps shape, dtype and identity but points at a single
-NaN, so weights that nobody fetched show in every output. Nothing here knows Megatron or
-transformers. Not thread-safe: building patches a torch-wide hook for its duration.
+A block is a module with the parameters that its forward needs: a linear layer with its matrix, a
+transformer layer with its vectors. Between two uses a parameter keeps shape, dtype and identity but
+points at a single NaN, so weights that nobody fetched show in every output. Nothing here knows
+Megatron or transformers. Not thread-safe: building patches a torch-wide hook for its duration.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ from megatron_mup.errors import CheckpointError
 
 Fetch = Callable[[str], Tensor]
 """From a parameter's name to its values; any dtype and device."""
+
+_LOGITS_BYTES = 1 << 27
+"""Logits that are in memory at once, in fp64: those of all positions may be larger than a layer."""
 
 _LAYER = re.compile(r"((?:.*\.)?layers\.\d+)\.")
 
@@ -54,18 +57,19 @@ def _on_meta(
 
 
 def blocks_of(model: torch.nn.Module) -> dict[str, tuple[str, ...]]:
-    """The blocks of a decoder: its layers, and every other module that holds parameters itself.
+    """The blocks of a decoder: modules that hold matrices, and its layers for their vectors.
 
     Args:
-        model: any module whose transformer layers are in a list named ``layers``.
+        model: any module whose transformer layers are in a list named ``layers``. Matrices must be
+            used where they are held; Megatron adds a bias only after the linear layer's forward.
 
     Returns:
         Name of a submodule -> names of the parameters that its forward needs. A tied parameter is
         in each block that uses it, under that block's name for it.
     """
     blocks: dict[str, list[str]] = {}
-    for name, _ in model.named_parameters(remove_duplicate=False):
-        layer = _LAYER.match(name)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        layer = _LAYER.match(name) if parameter.dim() < 2 else None
         blocks.setdefault(layer[1] if layer else name.rpartition(".")[0], []).append(name)
     return {block: tuple(names) for block, names in blocks.items()}
 
@@ -77,15 +81,16 @@ def streamed(
     fetch: Fetch,
     *,
     device: torch.device,
+    kept: str | None = None,
 ) -> Iterator[None]:
     """Give each block its weights for the time of its forward, while the context lasts.
 
     Args:
         model: built ``without_weights``; its buffers move to ``device``.
-        blocks: see ``blocks_of``; a module must not run while another block that shares a parameter
-            with it runs.
+        blocks: see ``blocks_of``; two that share a parameter must not run in each other.
         fetch: called with the first name of each parameter of a block, every time the block runs.
         device: where the model computes.
+        kept: a block that keeps its weights after its first forward, for it runs several times.
 
     Raises:
         CheckpointError: a parameter is in no block, or what was fetched has another shape.
@@ -100,8 +105,9 @@ def streamed(
         module = model.get_submodule(block)
         here = [tenants[name] for name in names]
         handles.append(module.register_forward_pre_hook(_filler(here, fetch)))
-        # Registered last, so that other hooks of the module still see the weights.
-        handles.append(module.register_forward_hook(_emptier(here)))
+        if block != kept:
+            # Registered last, so that other hooks of the module still see the weights.
+            handles.append(module.register_forward_hook(_emptier(here)))
     try:
         yield
     finally:
@@ -121,8 +127,11 @@ class _Tenant:
         self._nothing = nan.expand(parameter.shape)
         self.parameter = torch.nn.Parameter(self._nothing, requires_grad=False)
         vars(self.parameter).update(vars(parameter))
+        self._full = False
 
     def fill(self, fetch: Fetch) -> None:
+        if self._full:
+            return
         values = fetch(self.name)
         if values.shape != self.parameter.shape:
             raise CheckpointError(
@@ -130,9 +139,11 @@ class _Tenant:
                 f"{list(self.parameter.shape)}"
             )
         self.parameter.data = values.to(self.parameter.device, self.parameter.dtype)
+        self._full = True
 
     def empty(self) -> None:
         self.parameter.data = self._nothing
+        self._full = False
 
 
 def _tenants(model: torch.nn.Module, device: torch.device) -> dict[str, _Tenant]:
@@ -184,3 +195,27 @@ def next_token_logprobs(logits_BSV: Tensor, tokens_BS: Tensor) -> Tensor:
         chosen_B = logits_BV.gather(1, tokens_BS[:, position + 1, None])[:, 0]
         columns.append((chosen_B - logits_BV.logsumexp(1)).cpu())
     return torch.stack(columns, 1)
+
+
+def sliced_logprobs(
+    logits_at: Callable[[int, int], Tensor], tokens_BS: Tensor, *, vocabulary: int
+) -> Tensor:
+    """Log-probabilities as ``next_token_logprobs``, from the logits of few positions at a time.
+
+    Args:
+        logits_at: given the first position and the one after the last, their logits [B, positions,
+            vocabulary], of any float dtype; called in order.
+        tokens_BS: int64 ids.
+        vocabulary: number of ids.
+
+    Returns:
+        float64 [B, S - 1] on the CPU, natural logarithm.
+    """
+    batch, length = tokens_BS.shape
+    step = max(1, _LOGITS_BYTES // (8 * batch * vocabulary))
+    columns = []
+    for first in range(0, length - 1, step):
+        last = min(first + step, length - 1)
+        tokens = tokens_BS[:, first : last + 1]
+        columns.append(next_token_logprobs(logits_at(first, last), tokens))
+    return torch.cat(columns, 1)

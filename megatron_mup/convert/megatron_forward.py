@@ -22,7 +22,7 @@ from megatron_mup.config.running import TrainingConfig
 from megatron_mup.convert.layerwise import (
     Fetch,
     blocks_of,
-    next_token_logprobs,
+    sliced_logprobs,
     streamed,
     without_weights,
 )
@@ -36,6 +36,7 @@ from megatron_mup.parameterization.roles import LogicalTensor, by_parameter, log
 from megatron_mup.training.processes import Launch, parallel_processes
 
 _EMBEDDING = "embedding.word_embeddings.weight"
+_READOUT = "output_layer"
 
 
 @torch.no_grad()
@@ -63,12 +64,26 @@ def megatron_logprobs(source: WeightSource, tokens_BS: Tensor, *, dtype: torch.d
         blocks = blocks_of(gpt)
         if not source.model.untie_embeddings_and_output_weights:
             # GPTModel hands the tied matrix over in the call: the readout owns no weight.
-            blocks["output_layer"] = (*blocks.get("output_layer", ()), _EMBEDDING)
+            blocks[_READOUT] = (*blocks.get(_READOUT, ()), _EMBEDDING)
         tokens_BS = tokens_BS.to(device)
-        positions_BS = torch.arange(tokens_BS.shape[1], device=device).expand_as(tokens_BS)
-        with streamed(gpt, blocks, _fetch(source), device=device):
-            logits_BSV = gpt(tokens_BS, positions_BS, None)
-    return next_token_logprobs(logits_BSV, tokens_BS)
+        with streamed(gpt, blocks, _fetch(source), device=device, kept=_READOUT):
+            return _logprobs(gpt, tokens_BS, source.model.padded_vocab_size)
+
+
+def _logprobs(gpt: Any, tokens_BS: Tensor, vocabulary: int) -> Tensor:
+    """The decoder once, then readout and all that follows it for few positions at a time."""
+    positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)
+    # As on the first of two pipeline stages.
+    gpt.post_process = False
+    hidden_SBM = gpt(tokens_BS, positions_BS, None)
+    gpt.post_process = True
+
+    def logits_at(first: int, last: int) -> Tensor:
+        gpt.decoder.forward = lambda *_inputs, **_options: hidden_SBM[first:last]
+        logits_BPV: Tensor = gpt(tokens_BS, positions_BS, None, decoder_input=hidden_SBM)
+        return logits_BPV
+
+    return sliced_logprobs(logits_at, tokens_BS, vocabulary=vocabulary)
 
 
 @contextmanager

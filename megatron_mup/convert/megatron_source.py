@@ -6,11 +6,12 @@ and of one stored block. Needs no process group and builds no model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from megatron_mup.checkpoint.folders import read_record, usable_iterations
@@ -24,8 +25,10 @@ from megatron_mup.checkpoint.integrity import (
 from megatron_mup.checkpoint.record import check_record
 from megatron_mup.config import ModelConfig, RunConfig
 from megatron_mup.config_io import config_from_dict
-from megatron_mup.convert.stored_places import COMMON_STATE, MAIN_WEIGHT, Place, place_of
-from megatron_mup.convert.stored_tensors import METADATA, Piece, Sizes, StoredTensors
+from megatron_mup.convert.concurrent_check import checked_meanwhile
+from megatron_mup.convert.stored_blocks import Sizes
+from megatron_mup.convert.stored_places import COMMON_STATE, MAIN_WEIGHT, Place, place_of, read_rows
+from megatron_mup.convert.stored_tensors import METADATA, StoredTensors
 from megatron_mup.errors import CheckpointError, ConfigError, ParameterizationError
 from megatron_mup.parameterization.evaluation import Multipliers
 from megatron_mup.parameterization.roles import logical_tensors
@@ -72,6 +75,25 @@ class MegatronSource:
             for tensor in logical_tensors(self.model.shape)
         }
 
+    @contextlib.contextmanager
+    def checked_meanwhile(self, *, wanted: bool) -> Iterator[Callable[[], None]]:
+        """Compare the SHA-256 of all files while a block reads them; see ``concurrent_check``.
+
+        Args:
+            wanted: else every tensor's own checksum is compared when it is read.
+
+        Yields:
+            A function that waits for the comparison and raises what it found.
+
+        Raises:
+            CheckpointError: a file is not what was saved; names the tensors in it.
+        """
+        listed = wanted and _has_checksums(self.folder, self.record)
+        self.stored.trusted = self.stored.trusted or listed
+        check = partial(_check, self.folder) if listed else None
+        with checked_meanwhile(check) as finish:
+            yield finish
+
     def read(self, name: str) -> Tensor:
         """Read one logical tensor, the fp32 main weight where there is one.
 
@@ -88,22 +110,7 @@ class MegatronSource:
             raise CheckpointError(f"{self.where} has no tensor {name}")
         tensor, place = self._places[name]
         key = self._checked_key(name, place)
-        if len(place.rows) == 1:
-            lead = () if place.layer is None else (1,)
-            size = (*lead, *tensor.shape)
-            values = self.stored.read(key, place.rows[0].offset, size, dtype=torch.float32)
-            return values.view(tensor.shape)
-        values = torch.empty(tensor.shape)
-        pieces = [
-            Piece(
-                rows.offset,
-                # The axis of the layers: fused tensors are all in layers.
-                values[rows.first : rows.first + rows.count].unsqueeze(0),
-            )
-            for rows in place.rows
-        ]
-        self.stored.read_pieces(key, pieces)
-        return values
+        return read_rows(self.stored, key, place, tensor.shape)
 
     def read_stored(
         self, key: str, offset: Sizes | None = None, size: Sizes | None = None

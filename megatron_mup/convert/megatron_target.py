@@ -5,14 +5,16 @@ schedule and counters are fresh. In a bf16 run the stored weights are bf16, and 
 has more digits the fp32 values are stored beside them, under the names of main weights, so that
 nothing that was converted is lost to the next conversion.
 
-Streams: one logical tensor and its cast are in memory at a time. Query, key and value of a layer,
-which Megatron keeps in one tensor, are written as separate boxes of it.
+Streams: one logical tensor and its cast are in memory at a time, or the cast of the one before,
+which is written meanwhile. Query, key and value of a layer, which Megatron keeps in one tensor, are
+written as separate boxes of it.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -89,7 +91,8 @@ def write_megatron(
     origin = {CONVERTED_FROM: source.where, "source": dict(source.provenance)}
     record = make_record(run, provenance=origin)
     with published_folder(target, approve=approve) as output, TensorFiles(output.hidden) as files:
-        _Writer(source, run, files, target.folder).write(output.hidden, progress)
+        with _Writer(source, run, files, target.folder) as writer:
+            writer.write(output.hidden, progress)
         _add_objects(files, run)
         files.finish({**record, "contents": WEIGHTS_ONLY})
     name_newest(output, 0)
@@ -162,6 +165,14 @@ class _Writer:
         self._dtype = torch.bfloat16 if run.precision.bf16 else torch.float32
         self._tensors = logical_tensors(self._shape)
         self._elements = sum(math.prod(tensor.shape) for tensor in self._tensors)
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="write")
+        self._running: Future[None] | None = None
+
+    def __enter__(self) -> _Writer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
 
     def write(self, hidden: Path, progress: Callable[[int, int], None] | None) -> None:
         """Write all weights, and fp32 main weights if any of them says more than its weight."""
@@ -170,26 +181,42 @@ class _Writer:
         self._check_room(hidden, self._elements * self._dtype.itemsize)
         for tensor in self._tensors:
             values = self._read(tensor)
+            # Never two rounded tensors beside an fp32 one.
+            self._wait()
             weight = values.to(self._dtype)
             if not more_digits and not _same(weight, values):
                 more_digits = True
                 rest = self._elements - done
                 self._check_room(hidden, rest * self._dtype.itemsize + 4 * self._elements)
-            self._add("", tensor, weight)
-            del weight
             if more_digits:
+                self._add("", tensor, weight)
                 self._add(MAIN_WEIGHT, tensor, values)
             else:
                 without_main.append(tensor)
-            del values
+                self._add_meanwhile(tensor, weight)
+            del weight, values
             done += math.prod(tensor.shape)
             if progress is not None:
                 progress(4 * done, 4 * self._elements)
+        self._wait()
         # Main weights are stored for all tensors or for none.
         for tensor in without_main if more_digits else ():
             self._add(MAIN_WEIGHT, tensor, self._read(tensor))
         for gain in unlearned_gains(self._shape):
             self._add("", gain, torch.ones(gain.shape, dtype=self._dtype))
+
+    def _add_meanwhile(self, tensor: LogicalTensor, weight: Tensor) -> None:
+        """Write a weight while the next one is read, if it takes half of that one's memory."""
+        if weight.element_size() > 2:
+            self._add("", tensor, weight)
+            return
+        self._running = self._pool.submit(self._add, "", tensor, weight)
+
+    def _wait(self) -> None:
+        """Wait until what was handed over is written, and raise its error."""
+        running, self._running = self._running, None
+        if running is not None:
+            running.result()
 
     def _check_room(self, hidden: Path, needed: int) -> None:
         advice = "make room or choose another disk"

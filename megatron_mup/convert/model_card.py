@@ -27,6 +27,10 @@ tags:
 ---
 """
 
+_AUTHOR = (
+    "This card was written by the export and holds recorded facts only; use, licence, evaluation "
+    "and risks are for its author to add."
+)
 _OUR_TAG = "- megatron_mup"
 
 _FOLDED = (
@@ -49,20 +53,21 @@ def model_card(
     elements: int,
     folded: bool,
     tokenizer: bool,
+    token_ids: Mapping[str, int | None] | None = None,
 ) -> str:
     """The text of README.md.
 
     Args:
         source: what was exported. Of its ``provenance`` the card reads ``iteration``,
             ``consumed_train_samples``, ``consumed_train_tokens``, ``revision``, ``packages``,
-            ``data`` (``train_shards``, ``weights``, ``tokenizers``) and ``parameterization`` (the
-            options of that section); each may be missing.
+            ``data`` (``train_shards``, ``weights``, ``tokenizers``) and ``parameterization``.
         name: title.
         hf_format: the format.
         dtype: of the files.
         elements: numbers in the files.
-        folded: whether multipliers were folded into the weights.
+        folded: whether multipliers were folded into weights.
         tokenizer: whether the tokenizer's files lie beside the weights.
+        token_ids: as in generation_config.json; unset where no tokenizer is known.
     """
     stored = _FOLDED if folded else (_PLAIN if hf_format is HfFormat.LLAMA else _NATIVE)
     parts = [
@@ -70,12 +75,12 @@ def model_card(
         f"# {name}\n",
         # The last part only: a card is public, and folders name people and machines.
         f"A GPT, exported from {Path(source.where).name} by megatron_mup as `{hf_format}`: "
-        f"{elements:,} numbers in {dtype}. This card was written by the export and holds recorded "
-        "facts only; use, licence, evaluation and risks are for its author to add.\n",
+        f"{elements:,} numbers in {dtype}. {_AUTHOR}\n",
         f"## Loading\n\n{_loading(hf_format, tokenizer=tokenizer)}",
         f"## Parameterization\n\n{_table(_parameterization(source))}\n"
         f"Forward multipliers:\n\n{_table(asdict(source.multipliers))}\n{stored}\n",
         f"## Architecture\n\n{_table(_architecture(source.model))}",
+        f"## Special tokens\n\n{_table(_special_tokens(token_ids or {}))}",
         f"## Training\n\n{_table(_training(source))}",
     ]
     return "\n".join(parts)
@@ -144,6 +149,22 @@ def _architecture(model: ModelConfig) -> dict[str, Any]:
         "sequence length": model.seq_length,
         "rotary base": model.rotary_base,
         "rotary fraction of a head": model.rotary_percent,
+    }
+
+
+def _special_tokens(ids: Mapping[str, int | None]) -> dict[str, Any]:
+    """What stands in generation_config.json, and what it means for a text."""
+    if not ids:
+        return dict.fromkeys(("end of a document", "begin", "padding"), _UNKNOWN)
+    end, begin, padding = (ids.get(f"{name}_token_id") for name in ("eos", "bos", "pad"))
+    return {
+        "end of a document": "none" if end is None else f"id {end}",
+        "begin": "none"
+        if begin is None
+        else f"id {begin}; the tokenizer's files put none before a text",
+        "padding": "none; a batch is padded with any id under an attention mask"
+        if padding is None
+        else f"id {padding}",
     }
 
 

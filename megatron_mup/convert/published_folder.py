@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import os
 import platform
 import re
@@ -21,10 +22,15 @@ from pathlib import Path
 from megatron_mup.data.publication import sync_folder
 from megatron_mup.errors import CheckpointError
 
+logger = logging.getLogger(__name__)
+
 REJECTED = ".rejected"
 """Ending of an output that was not approved; a number follows where the name is taken."""
 
 _REJECTED_NAME = re.compile(rf".+{re.escape(REJECTED)}(\.[0-9]+)?")
+_HIDDEN_ENDING = r"[0-9]+\.[0-9a-f]{8}\.tmp"
+"""Of a hidden folder: process number and a random number."""
+
 _SMALL_FILES_BYTES = 2**20
 
 
@@ -69,11 +75,15 @@ class Target:
         if self.source is None or not self.source.exists():
             return
         source, folder = self.source.resolve(), self.folder.resolve()
-        if folder.is_relative_to(source) or source.is_relative_to(folder):
-            raise CheckpointError(
-                f"{self.folder} is, holds or lies in {self.source}, which is read; pass a folder "
-                "beside it"
-            )
+        if folder == source:
+            problem = f"{self.folder} is the folder that is read ({self.source})"
+        elif folder.is_relative_to(source):
+            problem = f"{self.folder} lies inside {self.source}, which is read"
+        elif source.is_relative_to(folder):
+            problem = f"{self.source}, which is read, lies inside {self.folder}"
+        else:
+            return
+        raise CheckpointError(f"{problem}; pass a folder beside it")
 
     def _check_existing(self) -> None:
         folder = self.folder
@@ -262,15 +272,28 @@ def _restore_replaced(target: Path) -> None:
 
 
 def _remove_abandoned(target: Path) -> None:
-    """Remove what killed processes of this machine have left, which may be large."""
-    name = re.compile(re.escape(_prefix(target)) + r"[0-9]+\.[0-9a-f]{8}\.tmp")
+    """Remove what killed processes of this machine have left, which may be large.
+
+    What a process of another machine left, or still writes, is told and stays.
+    """
+    own = re.compile(re.escape(_prefix(target)) + _HIDDEN_ENDING)
+    any_machine = re.compile(rf"{re.escape(f'.{target.name}.')}(.+)\.{_HIDDEN_ENDING}")
     for path in target.parent.iterdir():
-        if name.fullmatch(path.name) is None:
+        if own.fullmatch(path.name) is None:
+            other = any_machine.fullmatch(path.name)
+            # Of this machine, it belongs to an output whose name begins with this one's.
+            if other is not None and not other[1].endswith(f".{platform.node()}"):
+                logger.warning(
+                    "%s is of a process of the machine %s; remove it if that has ended",
+                    path,
+                    other[1],
+                )
             continue
         # A process number says nothing of a process in another container; its lock does.
         with contextlib.suppress(OSError), _locked(path) as abandoned:
             if abandoned:
                 shutil.rmtree(path, ignore_errors=True)
+                logger.warning("removed %s, which a killed process had left", path)
 
 
 def _remove(path: Path) -> None:

@@ -16,19 +16,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megatron_mup.checkpoint.record import make_record
 from megatron_mup.checkpoint.upstream_args import upstream_args
 from megatron_mup.config import ParallelConfig, RunConfig
 from megatron_mup.config_io import config_from_dict, config_to_dict, qualified
 from megatron_mup.convert.megatron_source import MegatronSource
 from megatron_mup.convert.megatron_target import RESHARDED_FROM, name_newest, prepare_root
+from megatron_mup.convert.output_places import check_checkpoint
 from megatron_mup.convert.published_folder import Output, check_room, published_folder
+from megatron_mup.convert.reshard_comparison import ReshardComparison
+from megatron_mup.convert.stored_blocks import Sizes
 from megatron_mup.convert.stored_places import COMMON_STATE, OPTIMIZER_PREFIX, place_of
-from megatron_mup.convert.stored_tensors import Sizes, StoredPart, StoredTensor, StoredTensors
+from megatron_mup.convert.stored_tensors import StoredTensor
 from megatron_mup.convert.tensor_files import TensorFiles
-from megatron_mup.errors import CheckpointError, ConfigError
+from megatron_mup.errors import ConfigError
 from megatron_mup.parameterization.roles import (
     LogicalTensor,
     ModelShape,
@@ -39,7 +40,6 @@ from megatron_mup.parameterization.roles import (
 
 _SECTIONS = ("parallel.", "recompute.")
 _FIRST_STAGE = "embedding."
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def reshard(
@@ -61,7 +61,7 @@ def reshard(
         layout: ``key=value`` of ``parallel`` and ``recompute``; the rest stays as recorded.
         iteration: which checkpoint of a run's folder; unset means the newest.
         check: see ``MegatronSource``.
-        verify: read both back and compare them bit for bit before the new one gets its name.
+        verify: read both back and compare them bit for bit (``ReshardComparison``).
         overwrite: replace a checkpoint of this iteration.
         progress: called with the bytes of tensors written so far and in all.
 
@@ -73,13 +73,13 @@ def reshard(
         ConfigError: the model does not fit the layout, or another option is named.
     """
     _check_options(layout)
-    source = MegatronSource(path, iteration, check=check)
+    source = MegatronSource(path, iteration, check=False)
     run = config_from_dict(config_to_dict(source.run), layout, origin="the layout")
+    check_checkpoint(source.folder, root, iteration=source.iteration, overwrite=overwrite)
     target = prepare_root(root, source.iteration, overwrite=overwrite, source=source.folder)
-    with published_folder(target) as output:
-        _write(source, run, output, progress)
-        if verify:
-            _compare(source.stored, output.hidden)
+    with source.checked_meanwhile(wanted=check) as checked, published_folder(target) as output:
+        _write(source, run, output, verify=verify, progress=progress)
+        checked()
     name_newest(output, source.iteration)
     return output.folder
 
@@ -97,15 +97,21 @@ def _write(
     source: MegatronSource,
     run: RunConfig,
     output: Output,
+    *,
+    verify: bool,
     progress: Callable[[int, int], None] | None,
 ) -> None:
     room = sum(stored.nbytes for stored in source.stored.tensors.values())
     advice = "make room or choose another disk"
     check_room(output.hidden, room, folder=output.folder, advice=advice)
-    with TensorFiles(output.hidden) as files:
+    comparison = ReshardComparison(source.stored, output.hidden)
+    compare = comparison.compare_file if verify else None
+    with TensorFiles(output.hidden, inspect=compare) as files:
         _copy_objects(source, run, files)
         _copy(source, run, files, progress)
         files.finish(_record(source, run))
+    if verify:
+        comparison.finish()
 
 
 def _copy_objects(source: MegatronSource, run: RunConfig, files: TensorFiles) -> None:
@@ -154,79 +160,20 @@ def _copy(
 def _copy_block(
     source: MegatronSource, stored: StoredTensor, block: _Block, files: TensorFiles
 ) -> None:
-    values = source.read_stored(stored.key, block.offset, block.size)
     width = block.size[block.axis] // block.parts
+    # Columns are read with all of their rows, so at once; rows lie apart from each other.
+    rows = all(size == 1 for size in block.size[: block.axis])
+    whole = None if rows else source.read_stored(stored.key, block.offset, block.size)
     for part in range(block.parts):
-        offset = list(block.offset)
+        offset, size = list(block.offset), list(block.size)
         offset[block.axis] += part * width
-        piece = values.narrow(block.axis, part * width, width)
+        size[block.axis] = width
+        if whole is None:
+            piece = source.read_stored(stored.key, tuple(offset), tuple(size))
+        else:
+            piece = whole.narrow(block.axis, part * width, width)
         files.add(stored.key, stored.shape, tuple(offset), piece, rank=block.rank + part)
-
-
-def _compare(source: StoredTensors, folder: Path) -> None:
-    """Read everything back; all bits must be equal."""
-    # Checksums of blocks that are compared themselves would add nothing.
-    copied = StoredTensors(folder, trusted=True)
-    if copied.tensors.keys() != source.tensors.keys():
-        raise _differs(folder, "the names of its tensors")
-    if copied.objects.keys() != source.objects.keys():
-        raise _differs(folder, "the names of its objects")
-    for key, stored in source.tensors.items():
-        other = copied.tensors[key]
-        if (other.shape, other.dtype) != (stored.shape, stored.dtype):
-            raise _differs(folder, f"shape or dtype of {key}")
-        # The parts of the one with more are mostly within parts of the other: each is read once.
-        few, many = sorted((source, copied), key=lambda held: len(held.tensors[key].parts))
-        if not _same_bits(few, many, key):
-            raise _differs(folder, key)
-    for key in source.objects:
-        # The layout is in the common state.
-        if key != COMMON_STATE and copied.read_bytes(key) != source.read_bytes(key):
-            raise _differs(folder, key)
-
-
-def _same_bits(few: StoredTensors, many: StoredTensors, key: str) -> bool:
-    """Whether two folders hold the same tensor, whole; one part of each is in memory at a time."""
-    compared = 0
-    for part in few.tensors[key].parts:
-        values = few.read(key, part.offset, part.size)
-        for other in many.tensors[key].parts:
-            box = _common(part, other)
-            if box is None:
-                continue
-            mine = values[_within(box, part.offset)]
-            its = many.read(key, other.offset, other.size)[_within(box, other.offset)]
-            # As integers, NaN equals itself and zeros have a sign.
-            integers = _INTEGERS[mine.dtype.itemsize]
-            if not torch.equal(mine.view(integers), its.view(integers)):
-                return False
-            compared += mine.numel()
-            del mine, its
-        del values
-    return compared == math.prod(few.tensors[key].shape)
-
-
-def _common(a: StoredPart, b: StoredPart) -> tuple[slice, ...] | None:
-    """Where two parts of a tensor meet."""
-    box = []
-    for start, count, other, width in zip(a.offset, a.size, b.offset, b.size, strict=True):
-        first, last = max(start, other), min(start + count, other + width)
-        if first >= last:
-            return None
-        box.append(slice(first, last))
-    return tuple(box)
-
-
-def _within(box: tuple[slice, ...], origin: Sizes) -> tuple[slice, ...]:
-    axes = zip(box, origin, strict=True)
-    return tuple(slice(axis.start - first, axis.stop - first) for axis, first in axes)
-
-
-def _differs(folder: Path, what: str) -> CheckpointError:
-    return CheckpointError(
-        f"the copy in {folder} differs from its source in {what}: memory or disk of this machine "
-        "cannot be trusted, or the source was changed meanwhile; nothing was kept"
-    )
+        del piece
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,14 +100,14 @@ def write_file(
         entries: its tensors.
         dtype: of all of them.
         read: returns a tensor by name, of the entry's shape, contiguous, on the CPU, cast here;
-            called in order, and nothing that it returned before is kept.
+            called in order and in a thread of its own, for one tensor while the one before is
+            written; nothing else that it returned is kept.
     """
     header = _header(entries, dtype)
     staging = torch.empty(_CHUNK, dtype=dtype)
     with path.open("wb", buffering=0) as stream, _Writeback(stream) as writeback:
         _write(stream, memoryview(header))
-        for entry in entries:
-            values = read(entry.name)
+        for entry, values in _read_ahead(entries, read):
             if values.shape != entry.shape:
                 raise ValueError(f"{entry.name} is {tuple(values.shape)}, not {entry.shape}")
             # Chunk by chunk: a cast of the whole would cost as much time as the disk.
@@ -114,9 +115,26 @@ def write_file(
                 cast = staging[: len(chunk)].copy_(chunk)
                 _write(stream, memoryview(cast.view(torch.uint8).numpy()))
                 writeback.start(cast.nbytes)
+            # The next one but one is read as soon as this loop asks for the next.
             del values, chunk
         writeback.wait()
         sync_stream(stream)
+
+
+def _read_ahead(
+    entries: Sequence[Entry], read: Callable[[str], Tensor]
+) -> Iterator[tuple[Entry, Tensor]]:
+    """Each entry with its tensor, while the next tensor is already being read."""
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read") as pool:
+        coming: deque[Future[Tensor]] = deque()
+        for number, entry in enumerate(entries):
+            if not coming:
+                coming.append(pool.submit(read, entry.name))
+            # A future keeps its tensor, so none may outlive this line.
+            values = [coming.popleft().result()]
+            if number + 1 < len(entries):
+                coming.append(pool.submit(read, entries[number + 1].name))
+            yield entry, values.pop()
 
 
 def _header(entries: Sequence[Entry], dtype: torch.dtype) -> bytes:
@@ -239,8 +257,12 @@ class SafetensorsFile:
                 "it again"
             )
 
-    def read(self, name: str) -> Tensor:
-        """Read a tensor, in its own dtype.
+    def read(self, name: str, *, dtype: torch.dtype | None = None) -> Tensor:
+        """Read a tensor.
+
+        Args:
+            name: one of ``tensors``.
+            dtype: of the result; unset means its own.
 
         Raises:
             CheckpointError: its dtype is none of ``DTYPES``, or the file cannot be read.
@@ -251,12 +273,15 @@ class SafetensorsFile:
                 f"{self.path}: tensor {name} is {stored.dtype}; supported: {', '.join(DTYPES)} "
                 "(save quantized weights dequantized first)"
             )
-        dtype = DTYPES[stored.dtype]
-        values = torch.empty(stored.shape, dtype=dtype)
+        held = DTYPES[stored.dtype]
+        values = torch.empty(stored.shape, dtype=dtype or held)
         try:
             with self.path.open("rb", buffering=0) as stream:
                 stream.seek(self._data + stored.begin)
-                _read_into(stream, memoryview(values.view(-1).view(torch.uint8).numpy()))
+                if values.dtype == held:
+                    _read_into(stream, values)
+                else:
+                    _read_cast(stream, values, held)
         except OSError as error:
             raise CheckpointError(
                 f"cannot read tensor {name} of {self.path}: {error.strerror or error}"
@@ -276,7 +301,17 @@ def _stored(name: str, fields: Any) -> FileTensor:
     return FileTensor(kind, shape, begin, end)
 
 
-def _read_into(stream: Any, rest: memoryview) -> None:
+def _read_cast(stream: Any, values: Tensor, held: torch.dtype) -> None:
+    """Read values of another dtype, without a second tensor of their size."""
+    staging = torch.empty(min(_CHUNK, values.numel()), dtype=held)
+    for chunk in torch.split(values.view(-1), _CHUNK):
+        part = staging[: len(chunk)]
+        _read_into(stream, part)
+        chunk.copy_(part)
+
+
+def _read_into(stream: Any, values: Tensor) -> None:
+    rest = memoryview(values.view(-1).view(torch.uint8).numpy())
     while rest:
         count = stream.readinto(rest)
         if not count:

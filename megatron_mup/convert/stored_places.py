@@ -10,8 +10,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
-from megatron_mup.convert.stored_tensors import Sizes
+from megatron_mup.convert.stored_blocks import Sizes
+from megatron_mup.convert.stored_tensors import Piece, StoredTensors
 from megatron_mup.model.initialization import part_view
 from megatron_mup.parameterization.roles import (
     LogicalTensor,
@@ -85,6 +87,27 @@ def place_of(tensor: LogicalTensor, shape: ModelShape) -> Place:
     )
     stack = () if layer is None else (shape.num_layers,)
     return Place(key, (*stack, total, *rest), layer, rows)
+
+
+def read_rows(stored: StoredTensors, key: str, place: Place, shape: Sizes) -> Tensor:
+    """Read a logical tensor from where it lies, in fp32.
+
+    Args:
+        stored: the checkpoint.
+        key: of the stored tensor; its own or that of its main weights.
+        place: the rows in it.
+        shape: of the logical tensor.
+
+    Raises:
+        CheckpointError: as ``StoredTensors.read``.
+    """
+    values = torch.empty(shape)
+    pieces = []
+    for rows in place.rows:
+        target = values[rows.first : rows.first + rows.count]
+        pieces.append(Piece(rows.offset, target if place.layer is None else target.unsqueeze(0)))
+    stored.read_pieces(key, pieces)
+    return values
 
 
 def unlearned_gains(shape: ModelShape) -> Iterator[LogicalTensor]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import math
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
@@ -25,32 +25,15 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from megatron_mup.checkpoint.safe_pickle import safe_reading
 from megatron_mup.convert.file_part import FilePart
+from megatron_mup.convert.stored_blocks import BlockValues, Sizes, StoredPart, find_values
 from megatron_mup.errors import CheckpointError
 
 METADATA = ".metadata"
 _BLOCK_BYTES = 1 << 20
 _DAMAGES_NAMED = 3
 
-Sizes = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class StoredPart:
-    """Bytes of a file that hold one block of a tensor, or one object.
-
-    Attributes:
-        file: name inside the folder.
-        position: of the first byte.
-        length: bytes.
-        offset: of the block in its tensor; () for an object.
-        size: of the block; () for an object.
-    """
-
-    file: str
-    position: int
-    length: int
-    offset: Sizes = ()
-    size: Sizes = ()
+Box = tuple[Sizes, Sizes]
+"""Offset and size."""
 
 
 @dataclass(frozen=True)
@@ -98,13 +81,14 @@ class StoredTensors:
     Attributes:
         tensors: by key.
         objects: other items by key, as ``torch.save`` wrote them.
+        trusted: as given; may change.
 
     Raises:
         CheckpointError: the description is missing, damaged or wants to run code.
     """
 
     def __init__(self, folder: Path, *, trusted: bool = False) -> None:
-        self.folder, self._trusted = folder, trusted
+        self.folder, self.trusted = folder, trusted
         metadata = _read_metadata(folder)
         try:
             self.tensors, self.objects = _index(metadata)
@@ -114,6 +98,8 @@ class StoredTensors:
                 "use another checkpoint"
             ) from error
         self._proved: set[StoredPart] = set()
+        self._by_box: dict[str, dict[Box, StoredPart]] = {}
+        self._found: dict[StoredPart, BlockValues] = {}
 
     def read(
         self,
@@ -141,10 +127,6 @@ class StoredTensors:
         offset = (0,) * len(stored.shape) if offset is None else offset
         if size is None:
             size = tuple(whole - first for whole, first in zip(stored.shape, offset, strict=True))
-        # A block that is the box needs no second tensor.
-        for part in stored.parts:
-            if (part.offset, part.size) == (offset, size):
-                return self._load(stored, part).to(dtype or stored.dtype)
         target = torch.empty(size, dtype=dtype or stored.dtype)
         self.read_pieces(key, [Piece(offset, target)])
         return target
@@ -161,16 +143,13 @@ class StoredTensors:
         """
         stored, pieces = self._stored(key), list(pieces)
         missing = sum(piece.target.numel() for piece in pieces)
-        for part in stored.parts:
-            overlaps = [(piece, box) for piece in pieces if (box := _overlap(part, piece))]
-            if not overlaps:
-                continue
-            block = self._load(stored, part)
-            for piece, box in overlaps:
+        for part, wanted in self._parts_for(stored, pieces):
+            values = self._values(stored, part)
+            for piece, box in wanted:
                 target = _window(piece.target, piece.offset, box)
-                target.copy_(_window(block, part.offset, box))
+                first = tuple(at - start for at, start in zip(box[0], part.offset, strict=True))
+                self._fill(stored, part, values, (target, first))
                 missing -= target.numel()
-            del block
         if missing:
             raise CheckpointError(
                 f"{self.folder / METADATA} names no file for {missing} elements of {key}; the "
@@ -240,15 +219,54 @@ class StoredTensors:
         except KeyError:
             raise CheckpointError(f"{self.folder / METADATA} has no item {key}") from None
 
-    def _load(self, stored: StoredTensor, part: StoredPart) -> Tensor:
-        block = self._unpickled(part, stored.key)
-        found = (type(block), getattr(block, "dtype", None), tuple(getattr(block, "shape", ())))
-        if found != (Tensor, stored.dtype, part.size):
-            raise self._damage(
-                part, stored.key, f"{found[1:]} instead of {(stored.dtype, part.size)}"
-            )
-        tensor: Tensor = block
-        return tensor.contiguous()
+    def _parts_for(
+        self, stored: StoredTensor, pieces: list[Piece]
+    ) -> Iterator[tuple[StoredPart, list[tuple[Piece, Box]]]]:
+        """The parts that meet pieces, each with those pieces and the boxes where they meet."""
+        # Thousands of heads are parts of their own, and most pieces are one of them.
+        if stored.key not in self._by_box:
+            self._by_box[stored.key] = {(part.offset, part.size): part for part in stored.parts}
+        others = []
+        for piece in pieces:
+            box = (piece.offset, tuple(piece.target.shape))
+            same = self._by_box[stored.key].get(box)
+            if same is None:
+                others.append(piece)
+            else:
+                yield same, [(piece, box)]
+        for part in stored.parts if others else ():
+            wanted = [(piece, meet) for piece in others if (meet := _overlap(part, piece))]
+            if wanted:
+                yield part, wanted
+
+    def _values(self, stored: StoredTensor, part: StoredPart) -> BlockValues:
+        """Where a part's values are, after it was proved."""
+        if part in self._found:
+            return self._found[part]
+        self._prove(part, stored.key)
+        try:
+            values = find_values(self.folder, part)
+        # A damaged pickle can raise anything.
+        except Exception as error:
+            raise self._damage(part, stored.key, _first_line(error)) from error
+        found, right = (values.dtype, values.size), (stored.dtype, part.size)
+        if found != right:
+            raise self._damage(part, stored.key, f"{found} instead of {right}")
+        self._found[part] = values
+        return values
+
+    def _fill(
+        self,
+        stored: StoredTensor,
+        part: StoredPart,
+        values: BlockValues,
+        wanted: tuple[Tensor, Sizes],
+    ) -> None:
+        try:
+            values.read_into(*wanted)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise self._damage(part, stored.key, reason) from error
 
     def _unpickled(self, part: StoredPart, key: str) -> Any:
         self._prove(part, key)
@@ -267,7 +285,7 @@ class StoredTensors:
 
     def _prove(self, part: StoredPart, key: str) -> None:
         """Compare the checksums inside a part's zip; once for each part."""
-        if self._trusted or part in self._proved:
+        if self.trusted or part in self._proved:
             return
         try:
             with self._open(part, key) as view, zipfile.ZipFile(view) as archive:
@@ -351,7 +369,7 @@ def _check_blocks(key: str, shape: Sizes, parts: Iterable[StoredPart]) -> None:
                 raise ValueError(f"two blocks of {key} overlap")
 
 
-def _overlap(part: StoredPart, piece: Piece) -> tuple[Sizes, Sizes] | None:
+def _overlap(part: StoredPart, piece: Piece) -> Box | None:
     """Where a stored block and a wanted box meet: offset and size."""
     if len(part.offset) != len(piece.offset):
         return None
@@ -362,7 +380,7 @@ def _overlap(part: StoredPart, piece: Piece) -> tuple[Sizes, Sizes] | None:
     return (first, size) if all(count > 0 for count in size) else None
 
 
-def _window(tensor: Tensor, origin: Sizes, box: tuple[Sizes, Sizes]) -> Tensor:
+def _window(tensor: Tensor, origin: Sizes, box: Box) -> Tensor:
     """The part of a tensor that a box covers, when its first element lies at ``origin``."""
     for axis, (start, first, count) in enumerate(zip(origin, *box, strict=True)):
         tensor = tensor.narrow(axis, first - start, count)

@@ -11,7 +11,7 @@ import contextlib
 import io
 import json
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,19 +33,26 @@ from torch.distributed.checkpoint.metadata import (
 
 from megatron_mup.checkpoint.folders import METADATA, RECORD
 from megatron_mup.checkpoint.integrity import FileDigest, digest_files, write_checksums
+from megatron_mup.convert.stored_blocks import Sizes, StoredPart
 from megatron_mup.convert.stored_tensors import METADATA as TENSORS
-from megatron_mup.convert.stored_tensors import Sizes
 
 FILE_BYTES = 1 << 28
 """A file is closed when it exceeds this, and digested while the next one is written."""
 
+_WORKERS = 2
+"""Threads: one waits for the disk while the other digests."""
+
+Inspect = Callable[[Mapping[str, Sequence[StoredPart]]], None]
+"""Told which blocks of tensors a file holds, by key, once it is on the disk."""
+
 
 @dataclass
 class _OpenFile:
-    """The file that a rank's blocks go to."""
+    """The file that a rank's blocks go to, and the blocks of tensors in it, by key."""
 
     name: str
     stream: BinaryIO
+    parts: dict[str, list[StoredPart]]
 
 
 class TensorFiles:
@@ -54,17 +61,21 @@ class TensorFiles:
     Args:
         folder: an empty folder.
         file_bytes: see ``FILE_BYTES``.
+        inspect: called for each file that is finished, in several threads; what it raises,
+            ``finish`` raises.
     """
 
-    def __init__(self, folder: Path, *, file_bytes: int = FILE_BYTES) -> None:
-        self._folder, self._file_bytes = folder, file_bytes
+    def __init__(
+        self, folder: Path, *, file_bytes: int = FILE_BYTES, inspect: Inspect | None = None
+    ) -> None:
+        self._folder, self._file_bytes, self._inspect = folder, file_bytes, inspect
         self._tensors: dict[str, TensorStorageMetadata] = {}
         self._objects: dict[str, BytesStorageMetadata] = {}
         self._places: dict[MetadataIndex, _StorageInfo] = {}
         self._open: dict[int, _OpenFile] = {}
         self._numbers: dict[int, int] = {}
         self._digests: list[Future[dict[str, FileDigest]]] = []
-        self._digester = ThreadPoolExecutor(1, thread_name_prefix="digest")
+        self._digester = ThreadPoolExecutor(_WORKERS, thread_name_prefix="digest")
 
     def __enter__(self) -> TensorFiles:
         return self
@@ -117,6 +128,7 @@ class TensorFiles:
 
         Raises:
             OSError: the disk is full or broken.
+            Exception: what ``inspect`` raises.
         """
         for rank in list(self._open):
             self._close(rank)
@@ -138,7 +150,7 @@ class TensorFiles:
             number = self._numbers.get(rank, 0)
             self._numbers[rank] = number + 1
             name = f"__{rank}_{number}.distcp"
-            self._open[rank] = _OpenFile(name, (self._folder / name).open("wb"))
+            self._open[rank] = _OpenFile(name, (self._folder / name).open("wb"), {})
         opened = self._open[rank]
         first = opened.stream.tell()
         if isinstance(data, Tensor):
@@ -147,13 +159,22 @@ class TensorFiles:
             opened.stream.write(data)
         length = opened.stream.tell() - first
         self._places[index] = _StorageInfo(opened.name, first, length)
+        if index.offset is not None and isinstance(data, Tensor):
+            part = StoredPart(opened.name, first, length, tuple(index.offset), tuple(data.shape))
+            opened.parts.setdefault(index.fqn, []).append(part)
         if first + length > self._file_bytes:
             self._close(rank)
 
     def _close(self, rank: int) -> None:
         opened = self._open.pop(rank)
         opened.stream.close()
-        self._digests.append(self._digester.submit(digest_files, self._folder, [opened.name]))
+        self._digests.append(self._digester.submit(self._digest, opened))
+
+    def _digest(self, opened: _OpenFile) -> dict[str, FileDigest]:
+        digests = digest_files(self._folder, [opened.name])
+        if self._inspect is not None:
+            self._inspect(opened.parts)
+        return digests
 
 
 def _save(block: Tensor, stream: BinaryIO) -> None:

@@ -27,7 +27,7 @@ from megatron_mup.convert.huggingface_source import COMPUTED
 from megatron_mup.convert.layerwise import (
     Fetch,
     blocks_of,
-    next_token_logprobs,
+    sliced_logprobs,
     streamed,
     without_weights,
 )
@@ -38,6 +38,8 @@ from megatron_mup.errors import CheckpointError
 ATTENTION = "sdpa"
 """Attention implementation of transformers that is checked: its default, and the only one besides
 eager that every machine has."""
+
+_READOUT = "lm_head"
 
 
 class ExportedFolder:
@@ -174,9 +176,20 @@ def transformers_logprobs(
     model: Any = folder.build(dtype)
     device = platform.device()
     tokens_BS = tokens_BS.to(device)
-    with streamed(model, blocks_of(model), fetch or folder.read, device=device):
-        logits_BSV = model(input_ids=tokens_BS, use_cache=False).logits
-    return next_token_logprobs(logits_BSV, tokens_BS)
+    weights = fetch or folder.read
+    with streamed(model, blocks_of(model), weights, device=device, kept=_READOUT):
+        hidden = model.base_model(input_ids=tokens_BS, use_cache=False)
+        # The readout with all that follows it is the class's own code, given what is known already.
+        model.base_model.forward = lambda *_inputs, **_options: hidden
+
+        def logits_at(first: int, last: int) -> Tensor:
+            kept = torch.arange(first, last, device=device)
+            logits_BPV: Tensor = model(
+                input_ids=tokens_BS, use_cache=False, logits_to_keep=kept
+            ).logits
+            return logits_BPV
+
+        return sliced_logprobs(logits_at, tokens_BS, vocabulary=model.config.vocab_size)
 
 
 def _has_only_our_code(folder: Path) -> bool:

@@ -22,8 +22,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_mup.checkpoint.folders import METADATA, RECORD, TRACKER, tracked_iteration
 from megatron_mup.checkpoint.integrity import checkpoint_folder, iteration_of
 from megatron_mup.checkpoint.safe_pickle import safe_reading
-from megatron_mup.convert.stored_places import Place, place_of
-from megatron_mup.convert.stored_tensors import Piece, StoredTensors
+from megatron_mup.convert.stored_places import Place, place_of, read_rows
+from megatron_mup.convert.stored_tensors import StoredTensors
 from megatron_mup.convert.upstream_model import upstream_model, upstream_multipliers
 from megatron_mup.errors import CheckpointError, MupError
 from megatron_mup.parameterization.evaluation import Multipliers
@@ -76,14 +76,8 @@ class UpstreamSource:
         if name not in self._places:
             raise CheckpointError(f"{self.where} has no tensor {name}")
         tensor, place = self._places[name]
-        stacked = place.layer is not None
-        values = torch.empty(tensor.shape)
-        pieces = []
-        for rows in place.rows:
-            target = values[rows.first : rows.first + rows.count]
-            pieces.append(Piece(rows.offset, target.unsqueeze(0) if stacked else target))
-        self._stored.read_pieces(self._main.get(place.key, place.key), pieces)
-        return values
+        key = self._main.get(place.key, place.key)
+        return read_rows(self._stored, key, place, tensor.shape)
 
     def _vocabulary(self) -> int:
         stored = self._stored.tensors.get(_EMBEDDING)

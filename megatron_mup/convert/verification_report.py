@@ -178,33 +178,35 @@ class VerificationReport:
                 else "    and no tensors were compared; train the model before it is converted"
             )
         for check in self.checks:
-            yield from _check_lines(check)
+            yield from self._check_lines(check)
+
+    def _check_lines(self, check: Check) -> Iterator[str]:
+        found = check.difference
+        yield f"  {check.name}: {'passed' if check.passed else 'FAILED'}: {check.compared}"
+        yield (
+            f"    |difference| of log p per token: mean {found.mean:.3e} (limit "
+            f"{check.mean_limit:.3e}), max {found.maximum:.3e} (limit {check.maximum_limit:.3e}) "
+            f"in sequence {found.worst_sequence} at position {found.worst_position}; worst mean "
+            f"at position {found.worst_mean_position}"
+        )
+        yield f"    limits: {check.because}"
+        yield (
+            f"    mean -log p in {check.name}: {check.source_nats:.6f} nats of {self.source}, "
+            f"{check.other_nats:.6f} of {self.other}"
+        )
+        if check.direct is not None:
+            yield (
+                f"    both in {check.name}: mean {check.direct.mean:.3e}, "
+                f"max {check.direct.maximum:.3e}"
+            )
+        yield f"    {'position':>13} {'mean':>10} {'max':>10}"
+        for part in found.positions:
+            places = f"{part.first}-{part.last}" if part.last > part.first else f"{part.first}"
+            yield f"    {places:>13} {part.mean:>10.3e} {part.maximum:>10.3e}"
 
 
 _LISTED = 12
 """Wrong tensors that the text names; the JSON has all."""
-
-
-def _check_lines(check: Check) -> Iterator[str]:
-    found = check.difference
-    yield f"  {check.name}: {'passed' if check.passed else 'FAILED'}: {check.compared}"
-    yield (
-        f"    |difference| of log p per token: mean {found.mean:.3e} (limit "
-        f"{check.mean_limit:.3e}), max {found.maximum:.3e} (limit {check.maximum_limit:.3e}) in "
-        f"sequence {found.worst_sequence} at position {found.worst_position}; worst mean at "
-        f"position {found.worst_mean_position}"
-    )
-    yield f"    limits: {check.because}"
-    yield f"    mean -log p: {check.source_nats:.6f} nats, {check.other_nats:.6f} of the other"
-    if check.direct is not None:
-        yield (
-            f"    both in {check.name}: mean {check.direct.mean:.3e}, "
-            f"max {check.direct.maximum:.3e}"
-        )
-    yield f"    {'position':>13} {'mean':>10} {'max':>10}"
-    for part in found.positions:
-        places = f"{part.first}-{part.last}" if part.last > part.first else f"{part.first}"
-        yield f"    {places:>13} {part.mean:>10.3e} {part.maximum:>10.3e}"
 
 
 def _finite(value: Any) -> Any:

@@ -24,6 +24,7 @@ from megatron_mup.checkpoint.retention import remove_leftovers
 from megatron_mup.config import RunConfig
 from megatron_mup.data.checks import check_epochs, check_training_data, repetition_warning
 from megatron_mup.data.datasets import Samples, build_datasets
+from megatron_mup.errors import ConfigError
 from megatron_mup.flops import model_flops_per_sequence, peak_tflops
 from megatron_mup.model.layer_specs import check_implementation
 from megatron_mup.training.batches import samples_after
@@ -53,13 +54,27 @@ def check_before_work(
     """
     check_layout(run, launch.world_size)
     check_implementation(run.model)
+    _check_checkpoints(run)
+    epochs = None
+    if with_shards:
+        check_training_data(run)
+        epochs = check_epochs(run, samples_after(run.training, run.planned_iters))
+    # Last, because it makes the folders: a run that is refused leaves none behind.
     check_outputs(run)
-    check_resumable(run)
-    check_save_folder(run)
-    if not with_shards:
-        return None
-    check_training_data(run)
-    return check_epochs(run, samples_after(run.training, run.planned_iters))
+    return epochs
+
+
+def _check_checkpoints(run: RunConfig) -> None:
+    try:
+        check_resumable(run)
+        check_save_folder(run)
+    except NotADirectoryError as error:
+        # Of a folder that is written this tells more.
+        check_outputs(run)
+        raise ConfigError(
+            f"checkpoint.load '{run.checkpoint.load}' cannot be read ({error.strerror}); give the "
+            "save folder of a run"
+        ) from error
 
 
 def hold_save_folder(run: RunConfig, stack: ExitStack) -> Lease | None:

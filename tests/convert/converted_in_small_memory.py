@@ -11,7 +11,6 @@ from __future__ import annotations
 import ctypes
 import json
 import sys
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,13 +18,10 @@ from megatron_mup import platform
 
 platform.prepare()
 
-import torch  # noqa: E402
-
-from megatron_mup.config import RunConfig  # noqa: E402
 from megatron_mup.convert.megatron_source import MegatronSource  # noqa: E402
 from megatron_mup.convert.megatron_target import write_megatron  # noqa: E402
 from megatron_mup.convert.reshard import reshard  # noqa: E402
-from megatron_mup.parameterization.roles import logical_tensors  # noqa: E402
+from tests.convert.memory_weights import DrawnWeights  # noqa: E402
 from tests.convert.small_checkpoints import LLAMA, small_run  # noqa: E402
 
 LARGE = (
@@ -36,19 +32,6 @@ LARGE = (
     "base_num_layers=24",
 )
 """128 MiB in fp32, of which embedding and readout are 8 MiB each: the largest tensors."""
-
-
-class DrawnWeights:
-    """Weights that exist only while somebody holds them."""
-
-    def __init__(self, run: RunConfig) -> None:
-        self.model, self.multipliers = run.model, run.table.multipliers
-        self.where, self.provenance = "drawn", {}
-        self._shapes = {tensor.name: tensor.shape for tensor in logical_tensors(run.model.shape)}
-
-    def read(self, name: str) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-        return torch.randn(self._shapes[name], generator=generator)
 
 
 def resident(kind: str) -> int:
@@ -69,9 +52,9 @@ def growth(work: Callable[[], object]) -> int:
 
 def convert(root: Path, *overrides: str) -> dict[str, int]:
     run = small_run(*LLAMA, "bf16=true", *overrides)
-    first = root / "a"
+    drawn, first = DrawnWeights(run.model, run.table.multipliers), root / "a"
     return {
-        "write": growth(lambda: write_megatron(DrawnWeights(run), first, run=run)),
+        "write": growth(lambda: write_megatron(drawn, first, run=run)),
         "convert": growth(lambda: write_megatron(MegatronSource(first), root / "b", run=run)),
         "reshard": growth(
             lambda: reshard(first, root / "c", layout=["tensor_model_parallel_size=2"])

@@ -1,4 +1,4 @@
-"""Random weights of a small model, held in memory: a ``WeightSource`` for tests.
+"""Random weights of small models for tests: a ``WeightSource`` in memory, and one drawn when read.
 
 Nothing is at a value that would hide a mistake: gains are not 1, queries and biases not 0, all four
 multipliers differ from 1 and the attention multiplier from 1/sqrt(D).
@@ -7,6 +7,7 @@ multipliers differ from 1 and the attention multiplier from 1/sqrt(D).
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_mup.config import Activation, ModelConfig
+from megatron_mup.convert.weights import WeightSource
 from megatron_mup.parameterization.evaluation import Multipliers
 from megatron_mup.parameterization.roles import LogicalTensor, NormGain, Role, logical_tensors
 
@@ -37,6 +39,35 @@ class MemoryWeights:
     def read(self, name: str) -> Tensor:
         """A copy of one tensor."""
         return self.tensors[name].clone()
+
+
+class DrawnWeights:
+    """Weights that exist only while somebody holds them: each tensor follows from its name.
+
+    Args:
+        model: the architecture.
+        multipliers: the forward multipliers; unset means ``small_multipliers``.
+    """
+
+    def __init__(self, model: ModelConfig, multipliers: Multipliers | None = None) -> None:
+        self.model, self.multipliers = model, multipliers or small_multipliers(model)
+        self.where = "drawn"
+        self.provenance: Mapping[str, Any] = {}
+        self._shapes = {tensor.name: tensor.shape for tensor in logical_tensors(model.shape)}
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, the same values each time."""
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        shape = self._shapes[name]
+        return torch.randn(shape, generator=generator).mul_(shape[-1] ** -0.5)
+
+
+def in_memory(source: WeightSource) -> MemoryWeights:
+    """All tensors of a source, read once."""
+    names = [tensor.name for tensor in logical_tensors(source.model.shape)]
+    return MemoryWeights(
+        source.model, source.multipliers, {name: source.read(name) for name in names}
+    )
 
 
 def small_model(**options: Any) -> ModelConfig:

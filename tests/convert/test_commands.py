@@ -5,23 +5,21 @@ from __future__ import annotations
 import json
 import shutil
 import sysconfig
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from typer.testing import CliRunner, Result
 
 from megatron_mup.checkpoint.integrity import check_files
 from megatron_mup.convert import conversion, verification
-from megatron_mup.convert.checked_text import Handling, tokens_for
 from megatron_mup.convert.commands import app, parse_size
 from megatron_mup.convert.megatron_source import MegatronSource
 from megatron_mup.data.tokenizer import load_tokenizer
 from megatron_mup.data.tokenizer_training import TokenizerOptions, train_tokenizer
 from megatron_mup.errors import ConfigError, MupError
+from tests.convert.command_calls import call as call_app
 from tests.convert.small_checkpoints import GQA, PAPER, TIED, MakeCheckpoint, save_small
 
 
@@ -36,11 +34,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return root / "run", model
 
 
-def call(*words: str | Path) -> Result:
-    result = CliRunner().invoke(app, [str(word) for word in words])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
+call = partial(call_app, app)
 
 
 def same_weights(one: MegatronSource, other: MegatronSource) -> bool:
@@ -67,6 +61,10 @@ def test_an_export_is_verified_and_loads_with_its_tokenizer(
     text = "def heappush(heap, item):\n    heap.append(item)  # caf\u00e9"
     assert tokenizer(text)["input_ids"] == list(load_tokenizer(model).encode(text))
     hf_model = AutoModelForCausalLM.from_pretrained(folder)
+    # The same special tokens in all files: id 1 begins and 2 ends, and there is no padding.
+    for ids in (hf_model.generation_config, hf_model.config, tokenizer):
+        assert (ids.bos_token_id, ids.eos_token_id, ids.pad_token_id) == (1, 2, None)
+    assert tokenizer("a")["input_ids"][0] != 1
     made = hf_model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4, do_sample=False)
     assert made.shape == (1, 7)
 
@@ -290,21 +288,7 @@ def test_sizes_are_read(text: str, size: int) -> None:
     assert parse_size(text, "--max-shard-size") == size
 
 
-@pytest.mark.parametrize("text", ["", "GB", "-1GB", "0", "5 parsecs"])
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "0", "0.4", "5 parsecs"])
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="--max-shard-size"):
         parse_size(text, "--max-shard-size")
-
-
-def test_held_out_shards_are_used_where_they_still_are(tmp_path: Path) -> None:
-    prefix = tmp_path / "held_out"
-    option = f"valid_data_path=[{prefix}]"
-    source = MegatronSource(save_small(tmp_path / "run", *GQA, option), check=False)
-    assert "NOT text" in tokens_for(source, Handling()).origin
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
-    builder.add_item(torch.arange(1, 60))
-    builder.end_document()
-    builder.finalize(f"{prefix}.idx")
-    tokens = tokens_for(source, Handling())
-    assert tokens.origin == "token shard held_out"
-    assert tokens.ids[0, :4].tolist() == [1, 2, 3, 4]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from megatron_mup.convert.safetensors_shards import SafetensorsFile
 from megatron_mup.errors import CheckpointError
 from megatron_mup.parameterization.evaluation import Multipliers
 from tests.convert.memory_weights import random_weights, small_model
+from tests.convert.plain_folders import edit_config
 
 MULTIPLIERS = Multipliers(embedding=3.0, attention=0.125, residual=0.5, logit=0.25)
 
@@ -76,9 +76,7 @@ def test_models_that_llama_cpp_would_change_are_refused(tmp_path: Path) -> None:
     wide = exported(tmp_path / "b", HfFormat.GRANITE, kv_channels=16)
     with pytest.raises(CheckpointError, match=r"takes 32 / 4 as the head dim .* head_dim=16"):
         gguf_target(wide)
-    config = json.loads((wide / "config.json").read_text())
-    config |= {"head_dim": 8, "residual_multiplier": 0}
-    (wide / "config.json").write_text(json.dumps(config))
+    edit_config(wide, head_dim=8, residual_multiplier=0)
     with pytest.raises(CheckpointError, match=r"residual_multiplier is 0, .* reads as unset"):
         gguf_target(wide)
     (wide / "config.json").write_text("{")

@@ -18,10 +18,9 @@ from megatron_mup.convert.huggingface_source import HuggingFaceSource
 from megatron_mup.convert.huggingface_target import write_huggingface
 from megatron_mup.convert.safetensors_shards import SafetensorsFile
 from megatron_mup.convert.transformers_forward import ExportedFolder
-from megatron_mup.convert.weights import WeightSource
 from megatron_mup.errors import CheckpointError
-from megatron_mup.parameterization.roles import NormGain, logical_tensors
-from tests.convert.memory_weights import MemoryWeights, random_weights, small_model
+from megatron_mup.parameterization.roles import NormGain
+from tests.convert.memory_weights import in_memory, random_weights, small_model
 from tests.convert.plain_folders import edit_config
 from tests.convert.plain_forward import PlainModel
 
@@ -41,13 +40,6 @@ _GRANITE = {
     "residual_multiplier": 0.7,
     "logits_scaling": 1.7,
 }
-
-
-def in_memory(source: WeightSource) -> MemoryWeights:
-    names = [tensor.name for tensor in logical_tensors(source.model.shape)]
-    return MemoryWeights(
-        source.model, source.multipliers, {name: source.read(name) for name in names}
-    )
 
 
 def exported(folder: Path, **options: Any) -> Path:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import threading
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +20,7 @@ from transformers import AutoModelForCausalLM
 from megatron_mup.config import Activation
 from megatron_mup.convert.formats import HfFormat
 from megatron_mup.convert.huggingface_target import HfExport, write_huggingface
+from megatron_mup.convert.safetensors_shards import Entry, _read_ahead, write_file
 from megatron_mup.errors import CheckpointError
 from megatron_mup.parameterization.evaluation import Multipliers
 from megatron_mup.parameterization.roles import NormGain
@@ -209,7 +212,13 @@ def test_a_small_model_is_one_file_beside_config_generation_config_and_card(tmp_
     made = export(random_weights(small_model()), tmp_path / "out", HfFormat.LLAMA, token_ids=ids)
     assert made.files == ("model.safetensors",)
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {"README.md", "config.json", "generation_config.json", "model.safetensors"}
+    assert names == {
+        "README.md",
+        "checksums.json",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+    }
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == {
         "eos_token_id": 3
     }
@@ -300,3 +309,51 @@ def test_extra_files_are_there_when_the_folder_appears(tmp_path: Path) -> None:
     export(random_weights(small_model()), tmp_path / "out", HfFormat.LLAMA, extra_files=add)
     assert (tmp_path / "out" / "tokenizer_config.json").exists()
     assert "AutoTokenizer" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_an_export_lists_the_sha256_of_its_weights_and_their_index(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    export(random_weights(small_model()), folder, HfFormat.LLAMA, max_shard_bytes=20_000)
+    listed = json.loads((folder / "checksums.json").read_text())["files"]
+    weights = sorted(folder.glob("model*"))
+    assert len(weights) > 3
+    assert listed == {
+        path.name: {
+            "bytes": path.stat().st_size,
+            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        }
+        for path in weights
+    }
+
+
+def test_the_next_tensor_is_read_while_one_is_held_and_no_more() -> None:
+    entries = [Entry(name, (3,)) for name in "abcd"]
+    read_begun = {name: threading.Event() for name in "abcd"}
+    alive: list[weakref.ref[Tensor]] = []
+    counts = []
+
+    def read(name: str) -> Tensor:
+        counts.append(sum(reference() is not None for reference in alive))
+        values = torch.full((3,), float(ord(name)))
+        alive.append(weakref.ref(values))
+        read_begun[name].set()
+        return values
+
+    for (entry, values), following in zip(_read_ahead(entries, read), "bcd.", strict=True):
+        assert values[0].item() == ord(entry.name)
+        assert following == "." or read_begun[following].wait(60)
+        assert len(counts) == min("abcd".index(entry.name) + 2, 4)
+        del values
+    assert max(counts) == 1
+
+
+def test_a_tensor_that_cannot_be_read_ends_the_file(tmp_path: Path) -> None:
+    entries = [Entry(name, (3,)) for name in "abcd"]
+    with pytest.raises(CheckpointError, match="unreadable"):
+        write_file(tmp_path / "g", entries, torch.float32, unreadable)
+
+
+def unreadable(name: str) -> Tensor:
+    if name == "c":
+        raise CheckpointError("unreadable")
+    return torch.ones(3)

@@ -83,7 +83,10 @@ def test_the_text_names_everything_once(checkpoint_of: MakeCheckpoint) -> None:
         "24.0",
         "KiB",
     ]
-    assert lines[-1] == "complete: every file has its size; contents were not compared"
+    assert lines[-1] == (
+        "complete: every file has its size; contents were not compared (pass --check to compare "
+        "them)"
+    )
     assert [readable_bytes(n) for n in (0, 1023, 1536, 3 << 30)] == [
         "0 B",
         "1023 B",
@@ -175,7 +178,8 @@ def test_a_folder_for_transformers_is_told_by_its_headers(granite: Path) -> None
         nbytes=512,
     )
     assert inspection_text(found).splitlines()[-1] == (
-        "complete: every tensor of config.json is there; values were not read"
+        "complete: every tensor of config.json is there; contents were not compared (pass --check "
+        "to compare them)"
     )
 
 

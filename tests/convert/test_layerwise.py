@@ -13,9 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_mup.convert import layerwise
 from megatron_mup.convert.layerwise import (
     blocks_of,
     next_token_logprobs,
+    sliced_logprobs,
     streamed,
     without_weights,
 )
@@ -184,3 +186,48 @@ def test_verifying_needs_the_memory_of_a_layer_and_not_of_the_model(tmp_path: Pa
     assert int(weights) == 106501632
     # A layer in fp64 and the copies on its way; the weights in fp64 are 213 MB.
     assert int(grown) < 6 * int(layer)
+
+
+def test_logits_of_few_positions_at_a_time_give_the_same_logprobs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(0)
+    logits, tokens = torch.randn(2, 8, 5), torch.randint(5, (2, 8))
+    expected = logits.double().log_softmax(2)[:, :-1].gather(2, tokens[:, 1:, None])[..., 0]
+    asked: list[tuple[int, int]] = []
+
+    def logits_at(first: int, last: int) -> Tensor:
+        asked.append((first, last))
+        return logits[:, first:last]
+
+    # Three positions of 2 sequences, 5 ids and 8 bytes.
+    monkeypatch.setattr(layerwise, "_LOGITS_BYTES", 3 * 2 * 5 * 8)
+    found = sliced_logprobs(logits_at, tokens, vocabulary=5)
+    assert asked == [(0, 3), (3, 6), (6, 7)]
+    assert torch.allclose(found, expected, atol=1e-12, rtol=0)
+
+
+@torch.no_grad()
+def test_matrices_are_there_one_at_a_time_and_a_kept_block_is_fetched_once() -> None:
+    whole, empty = whole_and_empty()
+    values = dict(whole.named_parameters())
+    seen: list[set[str]] = []
+
+    def fetch(name: str) -> Tensor:
+        held = {
+            other
+            for other, parameter in empty.named_parameters()
+            if parameter.dim() == 2 and parameter.data.stride() != (0, 0)
+        }
+        seen.append(held | {name} if values[name].dim() == 2 else held)
+        fetched.append(name)
+        return values[name]
+
+    fetched: list[str] = []
+    with streamed(empty, blocks_of(empty), fetch, device=CPU, kept="readout"):
+        first = empty(IDS)
+        assert max(map(len, seen)) == 1
+        assert torch.equal(empty.readout(torch.ones(1, 6)), whole.readout(torch.ones(1, 6)))
+        assert fetched.count("readout.weight") == 1
+    assert torch.equal(first, whole(IDS))
+    assert empty.readout.weight.isnan().all()

@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_mup.convert.formats import HfFormat
 from megatron_mup.convert.huggingface_target import write_huggingface
+from megatron_mup.convert.model_card import model_card
 from megatron_mup.parameterization.evaluation import Multipliers
 from tests.convert.memory_weights import MemoryWeights, random_weights, small_model
 
@@ -85,3 +86,36 @@ def test_what_is_not_recorded_is_said_to_be_missing(tmp_path: Path) -> None:
     text = card(tmp_path / "out", HfFormat.LLAMA, source)
     for name in ("iteration", "tokens", "trained by", "tokenizer (SHA-256)", "rule set"):
         assert f"| {name} | not recorded |" in text, name
+
+
+def test_the_card_says_which_special_tokens_exist() -> None:
+    def rows(ids: dict[str, int | None] | None) -> list[str]:
+        text = model_card(
+            known_source(),
+            name="mine",
+            hf_format=HfFormat.LLAMA,
+            dtype="float32",
+            elements=1,
+            folded=False,
+            tokenizer=ids is not None,
+            token_ids=ids,
+        )
+        return [
+            line for line in text.splitlines() if line.startswith(("| end", "| begin", "| pad"))
+        ]
+
+    assert rows({"bos_token_id": 1, "eos_token_id": 2}) == [
+        "| end of a document | id 2 |",
+        "| begin | id 1; the tokenizer's files put none before a text |",
+        "| padding | none; a batch is padded with any id under an attention mask |",
+    ]
+    assert rows({"bos_token_id": None, "eos_token_id": 0, "pad_token_id": 3}) == [
+        "| end of a document | id 0 |",
+        "| begin | none |",
+        "| padding | id 3 |",
+    ]
+    assert rows(None) == [
+        "| end of a document | not recorded |",
+        "| begin | not recorded |",
+        "| padding | not recorded |",
+    ]

@@ -122,7 +122,9 @@ def test_an_old_output_that_a_killed_process_left_is_removed(tmp_path: Path) -> 
     assert names(tmp_path) == ["out"]
 
 
-def test_what_somebody_still_writes_is_not_taken_for_abandoned(tmp_path: Path) -> None:
+def test_what_somebody_still_writes_is_not_taken_for_abandoned(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     # The process number is that of no process here, as one of another container would be.
     live = tmp_path / f".out[1].{platform.node()}.99999999.0123abcd.tmp"
     live.mkdir()
@@ -130,9 +132,24 @@ def test_what_somebody_still_writes_is_not_taken_for_abandoned(tmp_path: Path) -
     fcntl.flock(descriptor, fcntl.LOCK_EX)
     export(tmp_path / "out[1]")
     assert live.exists()
+    assert caplog.text == ""
     os.close(descriptor)
     export(tmp_path / "out[1]", overwrite=True)
     assert names(tmp_path) == ["out[1]"]
+    assert f"removed {live}, which a killed process had left" in caplog.text
+
+
+def test_what_a_process_of_another_machine_left_is_told_and_stays(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = tmp_path / ".out.node17.99999999.0123abcd.tmp"
+    other.mkdir()
+    longer = tmp_path / f".out.second.{platform.node()}.99999999.0123abcd.tmp"
+    longer.mkdir()
+    export(tmp_path / "out")
+    assert names(tmp_path) == sorted([other.name, longer.name, "out"])
+    assert f"{other} is of a process of the machine node17; remove it" in caplog.text
+    assert len(caplog.records) == 1
 
 
 def test_an_output_is_locked_while_it_is_written(tmp_path: Path) -> None:
@@ -228,13 +245,23 @@ def test_a_process_killed_during_its_approval_leaves_the_earlier_output_alone(
     assert [name for name in names(tmp_path) if not name.startswith(".")] == ["out"]
 
 
-@pytest.mark.parametrize("place", ["out", "out/more", ".", "link"])
-def test_the_folder_that_is_read_is_never_written(tmp_path: Path, place: str) -> None:
+@pytest.mark.parametrize(
+    ("place", "relation"),
+    [
+        ("out", r"out is the folder that is read \(.*out\); pass a folder beside it"),
+        ("link", r"link is the folder that is read \(.*out\); pass a folder beside it"),
+        ("out/more", r"out/more lies inside .*out, which is read; pass a folder beside it"),
+        (".", r"out, which is read, lies inside .*; pass a folder beside it"),
+    ],
+)
+def test_the_folder_that_is_read_is_never_written(
+    tmp_path: Path, place: str, relation: str
+) -> None:
     export(tmp_path / "out")
     (tmp_path / "link").symlink_to("out")
     before = weights(tmp_path / "out")
     source = HuggingFaceSource(tmp_path / "out")
-    with pytest.raises(CheckpointError, match=r"is, holds or lies in .*out, which is read"):
+    with pytest.raises(CheckpointError, match=relation):
         write_huggingface(source, tmp_path / place, hf_format=HfFormat.LLAMA, overwrite=True)
     assert weights(tmp_path / "out") == before
     assert names(tmp_path) == ["link", "out"]

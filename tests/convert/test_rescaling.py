@@ -13,8 +13,8 @@ from megatron_mup.convert.rescaling import RescaledWeights, plain_multipliers
 from megatron_mup.convert.weights import WeightSource
 from megatron_mup.errors import CheckpointError
 from megatron_mup.parameterization.evaluation import Multipliers
-from megatron_mup.parameterization.roles import NormGain, logical_tensors
-from tests.convert.memory_weights import MemoryWeights, random_weights, small_model
+from megatron_mup.parameterization.roles import NormGain
+from tests.convert.memory_weights import in_memory, random_weights, small_model
 from tests.convert.plain_forward import PlainModel
 
 TOKENS = torch.randint(0, 96, (2, 24), generator=torch.Generator().manual_seed(5))
@@ -33,13 +33,6 @@ MODELS: dict[str, dict[str, Any]] = {
     "scalar gains": {"norm_gain": NormGain.SCALAR},
     "no gains": {"norm_gain": NormGain.NONE, "num_query_groups": 1},
 }
-
-
-def in_memory(source: WeightSource) -> MemoryWeights:
-    names = [tensor.name for tensor in logical_tensors(source.model.shape)]
-    return MemoryWeights(
-        source.model, source.multipliers, {name: source.read(name) for name in names}
-    )
 
 
 def logprobs(source: WeightSource) -> torch.Tensor:

@@ -141,7 +141,7 @@ def test_what_cannot_be_resharded_is_refused_before_anything_is_written(
         with pytest.raises(ConfigError, match=message):
             reshard(folder, root, layout=layout)
     assert not root.exists()
-    with pytest.raises(CheckpointError, match="which is read; pass a folder beside it"):
+    with pytest.raises(CheckpointError, match="is the folder that is read"):
         reshard(folder, folder.parent, layout=TP2, overwrite=True)
     assert check_files(folder) == []
     usage = type("Usage", (), {"free": 1_900_000})

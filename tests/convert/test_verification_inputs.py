@@ -198,8 +198,8 @@ def report_of(
         maximum_limit=maximum,
         because="chosen",
         yardstick=difference,
-        source_nats=1.0,
-        other_nats=1.0,
+        source_nats=1.5,
+        other_nats=2.25,
     )
     values = {
         "source": "checkpoint",
@@ -229,6 +229,8 @@ def test_differences_are_located() -> None:
     assert not report.passed
     assert "FAILED: folder against checkpoint" in report.render()
     assert "sequence 1 at position 3" in report.render()
+    named = "mean -log p in float32: 1.500000 nats of checkpoint, 2.250000 of folder"
+    assert named in report.render()
     assert report.to_json()["checks"][0]["difference"]["positions"][1]["maximum"] == 0.375
 
 

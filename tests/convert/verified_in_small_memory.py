@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-import zlib
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from megatron_mup import platform
 
@@ -19,7 +16,6 @@ platform.prepare()
 
 import torch  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
-from torch import Tensor  # noqa: E402
 
 from megatron_mup.config import ModelConfig  # noqa: E402
 from megatron_mup.convert.formats import HfFormat, hf_name  # noqa: E402
@@ -27,22 +23,7 @@ from megatron_mup.convert.huggingface_config import config_dict  # noqa: E402
 from megatron_mup.convert.verification import verify_export  # noqa: E402
 from megatron_mup.convert.verification_text import CheckedTokens  # noqa: E402
 from megatron_mup.parameterization.roles import logical_tensors  # noqa: E402
-from tests.convert.memory_weights import small_model, small_multipliers  # noqa: E402
-
-
-class DrawnWeights:
-    """Weights that exist only while somebody holds them."""
-
-    def __init__(self, model: ModelConfig) -> None:
-        self.model, self.multipliers = model, small_multipliers(model)
-        self.where = "drawn"
-        self.provenance: Mapping[str, Any] = {}
-        self._shapes = {tensor.name: tensor.shape for tensor in logical_tensors(model.shape)}
-
-    def read(self, name: str) -> Tensor:
-        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-        shape = self._shapes[name]
-        return torch.randn(shape, generator=generator).mul_(shape[-1] ** -0.5)
+from tests.convert.memory_weights import DrawnWeights, small_model  # noqa: E402
 
 
 def peak_bytes() -> int:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
+from megatron_mup.errors import ConfigError, MupError
 from megatron_mup.training.loop import train
 from megatron_mup.training.preparation import data_text
 from tests.configurations import tiny
@@ -26,3 +29,35 @@ def test_a_run_on_a_set_warns_before_its_first_step(tmp_path: Path) -> None:
     (first,) = [number for number, line in enumerate(lines) if "iteration       1/6" in line]
     assert f"'{prefix}' 2 times" in lines[warned]
     assert warned < first
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ((), "data.train_data_path is empty"),
+        (("train_data_path=[nowhere]",), "nowhere"),
+        (("train_data_path=[TEXT]", "data.max_epochs=0.01"), "runs out"),
+        (("train_data_path=[TEXT]", "checkpoint.load=nowhere", "finetune=true"), "nowhere"),
+    ],
+)
+def test_a_run_that_is_refused_leaves_no_folder(
+    overrides: tuple[str, ...], message: str, tmp_path: Path
+) -> None:
+    prefix = write_set(tmp_path / "text", 2, 4)
+    given = [word.replace("TEXT", str(prefix)) for word in overrides]
+    folders = (f"checkpoint.save={tmp_path}/runs/one", f"metrics_path={tmp_path}/rows/one.jsonl")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(MupError, match=message):
+        train(tiny(*folders, *given), echo=lambda _: None)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_folder_below_a_file_is_told_with_its_option(tmp_path: Path) -> None:
+    prefix = write_set(tmp_path / "text", 2, 4)
+    (tmp_path / "file").write_text("in the way")
+    folder = tmp_path / "file" / "run"
+    options = (f"train_data_path=[{prefix}]", f"checkpoint.load={folder}")
+    with pytest.raises(ConfigError, match=r"checkpoint.load '.*file/run' cannot be read"):
+        train(tiny(*options), echo=lambda _: None)
+    with pytest.raises(ConfigError, match=r"cannot write to '.*file/run' of checkpoint.save"):
+        train(tiny(*options, f"checkpoint.save={folder}"), echo=lambda _: None)
