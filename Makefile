@@ -9,7 +9,8 @@ SHELL := /bin/bash
 
 BIN := .venv/bin
 SHELL_SCRIPTS = $(wildcard .ci/run tools/*.sh launch/*.sh launch/*.sbatch launch/*/*.sh \
-	launch/*/*.sbatch launch/env.example examples/*/*.sh)
+	launch/*/*.sbatch launch/env.example examples/*/*.sh \
+	tests/slurm/*.sh)
 
 # Interpreter to make .venv from; empty: look for one. Used by tools/find_python.sh.
 PYTHON ?=
@@ -28,7 +29,8 @@ quickstart: venv  ## train a small model on the CPU (TEXT=file to train on, OUT=
 test: venv  ## unit and multi-process tests (ARGS="..." for pytest, WORKERS=n processes)
 	@tools/run_tests.sh $(ARGS)
 
-test-slow: venv  ## tests that take minutes
+test-slow: venv  ## tests that take minutes; some need Slurm
+	@tools/find_slurm.sh
 	@tools/run_tests.sh -m slow $(ARGS)
 
 test-slurm: venv  ## tests that start a Slurm of their own on this machine

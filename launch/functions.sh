@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# What the launch scripts share. Sets `project`, the folder of this checkout.
+# What all launch scripts share. Sets `project`, the folder of this checkout.
 
 project=$(dirname "$(dirname "$(realpath "${BASH_SOURCE[0]}")")")
 
@@ -14,21 +14,41 @@ print_help() {
     sed -e 1d -e '/^#SBATCH/,$d' -e 's/^# \{0,1\}//' "$1"
 }
 
-# Read the site's settings, if there are any, and find the command. Sets MEGATRON_MUP, the command
-# line that runs megatron-mup, and SITE_OPTIONS, options for sbatch.
+# Whether this is a Slurm job, and whether this is its batch script.
+in_job() { [[ -n ${SLURM_JOB_ID:-} ]]; }
+in_batch_script() { in_job && [[ ${ENVIRONMENT:-} == BATCH ]]; }
+
+# Read the site's settings, if there are any, and find the command. Sets
+#   SITE_OPTIONS  options for sbatch
+#   CONTAINER     options with which srun starts a container (pyxis); empty without one
+#   RANK_COMMAND  the command line that runs megatron-mup in a rank: MEGATRON_MUP, or one it finds
+#   COMMAND       the same for one process beside this script, inside of the container
 load_site() {
     SITE_OPTIONS=()
+    CONTAINER=()
     if [[ -e $project/launch/env ]]; then
+        # Modules and conda read variables that are not set.
+        set +u
         # shellcheck source=launch/env.example
         source "$project/launch/env"
+        set -u
     fi
     if [[ -z ${MEGATRON_MUP:-} ]]; then
         MEGATRON_MUP=megatron-mup
-        if [[ -x $project/.venv/bin/megatron-mup ]]; then
+        if ((${#CONTAINER[@]} == 0)) && [[ -x $project/.venv/bin/megatron-mup ]]; then
             MEGATRON_MUP=$project/.venv/bin/megatron-mup
         fi
     fi
-    type -P "${MEGATRON_MUP[0]}" >/dev/null || fail "the command ${MEGATRON_MUP[0]} is not there:" \
+    # Not assigned to itself: bash would no longer export what came from the environment.
+    RANK_COMMAND=("${MEGATRON_MUP[@]}")
+    COMMAND=("${RANK_COMMAND[@]}")
+    if ((${#CONTAINER[@]})); then
+        COMMAND=(srun --nodes=1 --ntasks=1 --overlap
+            ${SLURMD_NODENAME:+"--nodelist=$SLURMD_NODENAME"}
+            ${SLURM_CPUS_PER_TASK:+"--cpus-per-task=$SLURM_CPUS_PER_TASK"}
+            "${CONTAINER[@]}" "${RANK_COMMAND[@]}")
+    fi
+    type -P "${COMMAND[0]}" >/dev/null || fail "the command ${COMMAND[0]} is not there:" \
         "run \`make venv\` in $project, or set MEGATRON_MUP in launch/env (see launch/env.example)"
 }
 

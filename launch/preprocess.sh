@@ -101,7 +101,7 @@ submit_jobs() {
 
 # Tokenize the share of one task of the array.
 run_part() {
-    exec "${MEGATRON_MUP[@]}" data preprocess --workers "$WORKERS" \
+    exec "${COMMAND[@]}" data preprocess --workers "$WORKERS" \
         --part "$((SLURM_ARRAY_TASK_ID + 1))/$SLURM_ARRAY_TASK_COUNT" "$@"
 }
 
@@ -113,9 +113,9 @@ finish() {
     now=$(manifest_stamp)
     # With a new manifest and no work left, this job was requeued while it checked the shards.
     if [[ $now == none || $now == "$before" || -e $PREFIX.work ]]; then
-        "${MEGATRON_MUP[@]}" data preprocess --workers "$WORKERS" "$@"
+        "${COMMAND[@]}" data preprocess --workers "$WORKERS" "$@"
     fi
-    exec "${MEGATRON_MUP[@]}" data verify --workers "$WORKERS" "$PREFIX"
+    exec "${COMMAND[@]}" data verify --workers "$WORKERS" "$PREFIX"
 }
 
 for argument in "$@"; do

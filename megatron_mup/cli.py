@@ -23,7 +23,9 @@ from megatron_mup.convert.commands import app as convert_app
 from megatron_mup.data.commands import app as data_app
 from megatron_mup.errors import ConfigError, MupError
 from megatron_mup.generation_command import generate_command
+from megatron_mup.launching.commands import app as launch_app
 from megatron_mup.os_processes import end_now, is_one_of_several_ranks
+from megatron_mup.planning.command import plan_command
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -32,7 +34,9 @@ app = typer.Typer(
 )
 app.add_typer(data_app, name="data", help="Tokenizers and token shards.")
 app.add_typer(convert_app, name="convert", help="Checkpoints to and from Hugging Face.")
+app.add_typer(launch_app, name="launch", help="Steps of the launch scripts around a run.")
 app.command("generate", cls=PlainCommand)(generate_command)
+app.command("plan", cls=PlainCommand)(plan_command)
 
 ConfigOption = Annotated[
     Path | None, typer.Option("--config", help="YAML configuration; see docs/configuration.md.")
@@ -221,7 +225,7 @@ def plot(
 
 @app.command()
 def status(
-    folder: Annotated[Path, typer.Argument(help="Folder of checkpoint.save.", metavar="DIR")],
+    folder: Annotated[Path, typer.Argument(help="Run folder, or checkpoint.save.", metavar="DIR")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Print a run's progress, last checkpoint, health and time left; ends with 1 if not healthy."""

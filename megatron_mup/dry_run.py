@@ -31,15 +31,12 @@ from megatron_mup.data.blend import parse_blend, train_paths, valid_paths
 from megatron_mup.data.checks import check_epochs, check_training_data, repetition_warning
 from megatron_mup.data.shard_sets import expand
 from megatron_mup.errors import ConfigError, ParameterizationError
-from megatron_mup.memory import ChunkContents, Memory, rank_memory
+from megatron_mup.memory import NOT_IN_LAYERS, ChunkContents, Memory, rank_memory
 from megatron_mup.model.gpt import construct, transformer_config
 from megatron_mup.model.naming import canonical_names, rows_of_parameters
-from megatron_mup.parameterization.roles import Role
 from megatron_mup.parameterization.table import ParameterTable
 from megatron_mup.training.batches import samples_after
 from megatron_mup.training.processes import check_layout
-
-_NOT_IN_LAYERS = (Role.EMBEDDING, Role.UNEMBEDDING, Role.GAIN, Role.BIAS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +110,7 @@ def dry_run(run: RunConfig, *, world_size: int | None = None) -> DryRun:
         )
         for stage, (chunks, _) in enumerate(built)
     )
-    sizes = [(row.tensor.role in _NOT_IN_LAYERS, math.prod(row.tensor.shape)) for row in table.rows]
+    sizes = [(row.tensor.role in NOT_IN_LAYERS, math.prod(row.tensor.shape)) for row in table.rows]
     return DryRun(
         run=run,
         world_size=world_size,
@@ -207,7 +204,7 @@ def _contents(model: Any, table: ParameterTable) -> ChunkContents:
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        if rows[name][0].tensor.role in _NOT_IN_LAYERS:
+        if rows[name][0].tensor.role in NOT_IN_LAYERS:
             others += parameter.numel()
         else:
             matrices += parameter.numel()

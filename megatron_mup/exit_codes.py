@@ -29,3 +29,6 @@ LEASE_LOST = 77
 
 STOPPED_UNSAVED = 78
 """Stopped early by a signal or the time limit, and there is no ``checkpoint.save``."""
+
+BAD_NODES = 79
+"""Preflight found nodes that are not fit to train; their names are printed."""

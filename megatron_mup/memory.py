@@ -44,9 +44,12 @@ from megatron_mup.config import (
     RunConfig,
     TransformerImpl,
 )
-from megatron_mup.parameterization.roles import NormGain
+from megatron_mup.parameterization.roles import NormGain, Role
 
 GIB = 2**30
+
+NOT_IN_LAYERS = (Role.EMBEDDING, Role.UNEMBEDDING, Role.GAIN, Role.BIAS)
+"""Roles of what is no weight matrix of a layer: never in FP8, and AdamW's under Muon."""
 
 _FFN_TENSORS = {
     Activation.RELU: 1,
@@ -82,12 +85,28 @@ class ChunkContents:
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes of one rank by what they are for."""
+    """Bytes of one rank by what they are for.
+
+    Attributes:
+        weights: parameters, with the FP8 copies of those computed in FP8.
+        gradients: fp32 buffers.
+        optimizer: moments and main weights.
+        layers: activations that layers keep.
+        recomputed: what recomputation holds beyond them for a while.
+        logits: final norm, logits and softmax of one microbatch; gone before layers recompute.
+    """
 
     weights: float
     gradients: float
     optimizer: float
-    activations: float
+    layers: float
+    recomputed: float
+    logits: float
+
+    @property
+    def activations(self) -> float:
+        """At their peak."""
+        return self.layers + max(self.recomputed, self.logits)
 
     @property
     def total(self) -> float:
@@ -121,11 +140,15 @@ def rank_memory(
     microbatches = run.training.global_batch_size // (
         run.training.micro_batch_size * data_parallel_size
     )
+    kept, recomputed = _layer_activations(run, chunks, stage=stage, microbatches=microbatches)
     return Memory(
         weights=sum(_weight_bytes(run, chunk) for chunk in chunks),
         gradients=4.0 * (matrices + others),
-        optimizer=_optimizer_bytes(run, matrices, others) / shards,
-        activations=_activation_bytes(run, chunks, stage=stage, microbatches=microbatches),
+        optimizer=optimizer_bytes(run, matrices, others) / shards,
+        layers=kept,
+        recomputed=recomputed,
+        # The last chunk's loss is differentiated at once: one microbatch's logits at a time.
+        logits=sum(_readout_bytes(run) for chunk in chunks if chunk.readout),
     )
 
 
@@ -140,7 +163,7 @@ def checkpoint_bytes(run: RunConfig, matrices: int, others: int) -> int:
     Returns:
         Bytes over all files.
     """
-    return _element_bytes(run) * (matrices + others) + _optimizer_bytes(run, matrices, others)
+    return _element_bytes(run) * (matrices + others) + optimizer_bytes(run, matrices, others)
 
 
 def layer_activation_bytes(run: RunConfig, *, fp8: bool = False) -> float:
@@ -172,14 +195,17 @@ def layer_activation_bytes(run: RunConfig, *, fp8: bool = False) -> float:
     return tokens * (size * wide + narrow) + _score_bytes(run)
 
 
+def has_unfused_attention(run: RunConfig) -> bool:
+    """Whether attention keeps its S x S scores: Megatron's own core attention does."""
+    local = run.model.transformer_impl is TransformerImpl.LOCAL
+    return local and run.model.attention_backend is AttentionBackend.LOCAL
+
+
 def _score_bytes(run: RunConfig) -> float:
     """Attention probabilities of one layer; none with a fused kernel, or when recomputed."""
     model = run.model
-    unfused = (
-        model.transformer_impl is TransformerImpl.LOCAL
-        and model.attention_backend is AttentionBackend.LOCAL
-    )
-    if not unfused or run.recompute.recompute_granularity is RecomputeGranularity.SELECTIVE:
+    selective = run.recompute.recompute_granularity is RecomputeGranularity.SELECTIVE
+    if selective or not has_unfused_attention(run):
         return 0.0
     heads = model.num_attention_heads / run.parallel.tensor_model_parallel_size
     # The softmax is taken in fp32; with bf16 its rounded copy is kept as well.
@@ -204,7 +230,8 @@ def _stream_share(run: RunConfig) -> float:
     return 1.0 / run.parallel.tensor_model_parallel_size
 
 
-def _in_fp8(run: RunConfig, layer: int) -> bool:
+def runs_in_fp8(run: RunConfig, layer: int) -> bool:
+    """Whether a layer (from 0, over all stages) computes its matrix products in FP8."""
     precision = run.precision
     if precision.fp8_format is None or not precision.first_last_layers_bf16:
         return precision.fp8_format is not None
@@ -214,7 +241,7 @@ def _in_fp8(run: RunConfig, layer: int) -> bool:
 
 def _weight_bytes(run: RunConfig, chunk: ChunkContents) -> float:
     size = _element_bytes(run)
-    in_fp8 = sum(_in_fp8(run, layer) for layer in chunk.layers)
+    in_fp8 = sum(runs_in_fp8(run, layer) for layer in chunk.layers)
     share = in_fp8 / len(chunk.layers) if chunk.layers else 0.0
     # TransformerEngine keeps an FP8 weight and its transpose for the backward pass (assumption:
     # the layout of Hopper); other architectures may need the first alone.
@@ -223,8 +250,14 @@ def _weight_bytes(run: RunConfig, chunk: ChunkContents) -> float:
     return matrices + chunk.other_elements * size
 
 
-def _optimizer_bytes(run: RunConfig, matrices: int, others: int) -> int:
-    """Moments and fp32 main weights of so many elements, unsharded."""
+def optimizer_bytes(run: RunConfig, matrices: int, others: int) -> int:
+    """Bytes of moments and fp32 main weights, unsharded.
+
+    Args:
+        run: the run's configuration.
+        matrices: elements of the layers' weight matrices.
+        others: elements of embedding, readout, gains and biases.
+    """
     name = run.optimizer.optimizer
     of_matrices, of_others = {
         OptimizerName.ADAM: (8, 8),
@@ -235,28 +268,27 @@ def _optimizer_bytes(run: RunConfig, matrices: int, others: int) -> int:
     return (of_matrices + main) * matrices + (of_others + main) * others
 
 
-def _activation_bytes(
+def _layer_activations(
     run: RunConfig, chunks: Sequence[ChunkContents], *, stage: int, microbatches: int
-) -> float:
-    kept, transient = 0.0, 0.0
-    for chunk in chunks:
-        of_chunk, again = _chunk_activations(run, chunk)
-        kept += of_chunk
-        transient = max(transient, again)
-    # The last chunk's loss is differentiated at once: one microbatch's logits at a time.
-    readout = sum(_readout_bytes(run) for chunk in chunks if chunk.readout)
-    return kept * passes_in_flight(run, stage, microbatches) / len(chunks) + transient + readout
+) -> tuple[float, float]:
+    """What the layers of a rank keep, and what recomputing adds for a while."""
+    by_chunk = [_chunk_activations(run, chunk) for chunk in chunks]
+    kept = sum(of_chunk for of_chunk, _ in by_chunk)
+    passes = passes_in_flight(run, stage, microbatches)
+    return kept * passes / len(chunks), max(again for _, again in by_chunk)
 
 
 def _chunk_activations(run: RunConfig, chunk: ChunkContents) -> tuple[float, float]:
-    """What a chunk keeps of one microbatch, and what recomputing it holds for a while."""
-    layers = [layer_activation_bytes(run, fp8=_in_fp8(run, layer)) for layer in chunk.layers]
+    """What a chunk keeps of one microbatch, and what recomputing it adds for a while."""
+    layers = [layer_activation_bytes(run, fp8=runs_in_fp8(run, layer)) for layer in chunk.layers]
     if run.recompute.recompute_granularity is not RecomputeGranularity.FULL or not layers:
         return sum(layers), 0.0
     count = min(run.recompute.recompute_num_layers or 1, len(layers))
     stream = _tokens(run) * _element_bytes(run) * run.model.hidden_size * _stream_share(run)
     if run.recompute.recompute_method is RecomputeMethod.BLOCK:
-        return count * stream + sum(layers[count:]), max(layers[:count])
+        # The last layers, kept whole, have had their backward pass when the first ones recompute.
+        whole = sum(layers[count:])
+        return count * stream + whole, max(0.0, max(layers[:count]) - whole)
     groups = -(-len(layers) // count)
     return groups * stream, max(sum(layers[i : i + count]) for i in range(0, len(layers), count))
 
@@ -268,6 +300,33 @@ def _readout_bytes(run: RunConfig) -> float:
     # In fp32 the softmax overwrites the logits.
     per_logit = 4 + 2 if run.precision.bf16 else 4
     return _tokens(run) * (_element_bytes(run) * stream + per_logit * vocabulary)
+
+
+def workspace_bytes(run: RunConfig, *, readout: bool) -> float:
+    """Tensors that live for a moment on top of what is kept: ours, an assumption.
+
+    While a layer's backward pass works: gradients of two FFN activations and of two residual
+    streams, and the gradient of the largest weight matrix before it joins its fp32 buffer (fused
+    accumulation is off); with sequence parallelism, two gathered streams. At the readout the
+    same of the logits and of their matrix. The larger of both.
+
+    Args:
+        run: the run's configuration.
+        readout: whether the rank ends in the readout.
+
+    Returns:
+        Bytes of one rank.
+    """
+    model, tensor = run.model, run.parallel.tensor_model_parallel_size
+    streams = 2 * (1 + _stream_share(run)) if run.parallel.sequence_parallel else 2
+    wide = model.ffn_width * (2 if model.activation is Activation.SWIGLU else 1)
+    matrix = model.hidden_size * max(wide, model.num_attention_heads * model.head_dim)
+    layer = _tokens(run) * (2 * wide / tensor + streams * model.hidden_size) + matrix / tensor
+    logits = 0.0
+    if readout:
+        rows = model.padded_vocab_size / tensor
+        logits = (_tokens(run) + model.hidden_size) * rows
+    return _element_bytes(run) * max(layer, logits)
 
 
 def passes_in_flight(run: RunConfig, stage: int, microbatches: int) -> int:

@@ -1,7 +1,8 @@
 """``megatron-mup status DIR``: what the save folder of a run tells about it.
 
-Looks at three things: ``status.json`` (the run's own words), the age of ``lease.json`` (the
-heartbeat of the process that owns the folder) and the checkpoints. Nothing is written or executed,
+Looks at ``status.json`` (the run's own words), the age of ``lease.json`` (the heartbeat of the
+process that owns the folder), the checkpoints and, where a launch script began the run, what
+``launching`` remembers of its attempts. Nothing is written or executed,
 and every file may hold anything: what is wrong with one is a sentence of the report. Ages compare
 file times with this machine's clock.
 """
@@ -21,6 +22,7 @@ from megatron_mup.checkpoint.integrity import CHECKSUMS, checkpoint_folder
 from megatron_mup.checkpoint.lease import LEASE, owner_is_gone
 from megatron_mup.config import FaultConfig
 from megatron_mup.errors import CheckpointError, MupError
+from megatron_mup.launching.history import LaunchHistory, find_history
 from megatron_mup.status import STATUS, RunState, Status, is_count, read_json, read_status
 
 STALL_FACTOR = 10.0
@@ -42,6 +44,7 @@ class Report:
         checkpoint_age: seconds since it was written.
         heartbeat_age: seconds since the owning process was heard of; None without a lease.
         status_age: seconds since the last words.
+        launch: attempts of the launch script; None where none began the run.
     """
 
     folder: Path
@@ -53,6 +56,7 @@ class Report:
     checkpoint_age: float | None
     heartbeat_age: float | None
     status_age: float | None
+    launch: LaunchHistory | None = None
 
     @property
     def healthy(self) -> bool:
@@ -107,6 +111,7 @@ class Report:
             "pid": None if status is None else status.pid,
             "world_size": None if status is None else status.world_size,
             "revision": None if status is None else status.revision,
+            "launch": None if self.launch is None else self.launch.to_json(),
             "metrics": {}
             if status is None
             else {name: _finite(value) for name, value in status.metrics.items()},
@@ -117,7 +122,7 @@ def inspect_folder(folder: Path, *, clock: Callable[[], float] = time.time) -> R
     """Look at a save folder.
 
     Args:
-        folder: ``checkpoint.save`` of a run.
+        folder: ``checkpoint.save`` of a run, or the run folder of a launch script.
         clock: seconds since 1970.
 
     Raises:
@@ -125,21 +130,21 @@ def inspect_folder(folder: Path, *, clock: Callable[[], float] = time.time) -> R
     """
     _require_folder(folder)
     now = clock()
-    problems: list[str] = []
+    launch = find_history(folder)
+    problems = [] if launch is None else list(launch.problems)
+    folder = folder if launch is None else launch.save_folder
     status = _status(folder, problems)
     checkpoint = _checkpoint(folder, problems)
     heartbeat = _age(folder / LEASE, now)
-    if status is None and checkpoint is None and heartbeat is None and not problems:
-        raise CheckpointError(
-            f"'{folder}' holds neither {STATUS} nor a checkpoint; give the folder that "
-            "checkpoint.save names"
-        )
+    nothing = status is None and checkpoint is None and heartbeat is None
+    if nothing and launch is None and not problems:
+        raise _no_run(folder)
     planned = None if checkpoint is None else _planned(folder, checkpoint)
     if status is not None:
         problems += _run_problems(status, heartbeat, now, gone=owner_is_gone(folder))
         if status.last_checkpoint is not None and (checkpoint or 0) < status.last_checkpoint:
             problems.append(f"the checkpoint of iteration {status.last_checkpoint} is gone")
-    else:
+    elif not (nothing and launch is not None):
         problems += _silent_problems(checkpoint, planned, heartbeat)
     return Report(
         folder=folder,
@@ -151,6 +156,14 @@ def inspect_folder(folder: Path, *, clock: Callable[[], float] = time.time) -> R
         checkpoint_age=None if checkpoint is None else _checkpoint_age(folder, checkpoint, now),
         heartbeat_age=heartbeat,
         status_age=None if status is None else max(0.0, now - status.updated),
+        launch=launch,
+    )
+
+
+def _no_run(folder: Path) -> CheckpointError:
+    return CheckpointError(
+        f"'{folder}' holds neither {STATUS} nor a checkpoint; give the folder that "
+        "checkpoint.save names"
     )
 
 
@@ -272,6 +285,8 @@ def render(report: Report) -> str:
             f"{job}host {_shown(status.host)}, process {status.pid}, {status.world_size} ranks, "
             f"megatron_mup {_shown(status.revision)}; last report {_span(report.status_age)} ago"
         )
+    if report.launch is not None:
+        lines += [_shown(line) for line in report.launch.lines]
     lines += [f"problem: {_shown(problem)}" for problem in report.problems]
     lines.append("healthy" if report.healthy else "not healthy")
     return "\n".join(lines)

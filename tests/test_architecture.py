@@ -15,7 +15,16 @@ _NAMES = [str(path.relative_to(_PACKAGE)) for path in _FILES]
 
 # A module imports from its own layer's package, from the same layer, or from a lower one.
 LAYERS = [
-    {"__init__", "command_help", "errors", "exit_codes", "os_processes", "platform", "revision"},
+    {
+        "__init__",
+        "command_help",
+        "errors",
+        "exit_codes",
+        "os_processes",
+        "platform",
+        "rank_outcomes",
+        "revision",
+    },
     {"parameterization"},
     {
         "config",
@@ -37,6 +46,8 @@ LAYERS = [
         "dry_run",
         "generation",
         "generation_command",
+        "launching",
+        "planning",
         "dry_run_report",
         "status_report",
     },

@@ -238,8 +238,9 @@ def test_a_world_size_without_a_dry_run_is_refused(
 
 
 def test_10b_on_64_gpus_takes_seconds_and_little_memory_and_writes_nothing(tmp_path: Path) -> None:
-    config = ROOT / "examples/dry_run_10b/config.yaml"
-    command = [sys.executable, "-m", "megatron_mup", "train", "--config", str(config)]
+    config = ROOT / "launch/configs/mup_10b.yaml"
+    command = [sys.executable, "-m", "megatron_mup", "train", "--config", str(config), "lr=0.01"]
+    command += ["tensor_model_parallel_size=4", "pipeline_model_parallel_size=2"]
     output = tmp_path / "out.txt"
     work = tmp_path / "work"
     work.mkdir()

@@ -231,7 +231,8 @@ def test_block_recomputation_keeps_the_other_layers_whole() -> None:
     options = ("recompute_granularity=full", "recompute_method=block", "recompute_num_layers=3")
     run = tiny(*WIDE, "num_layers=4", *options)
     estimate = rank_memory(run, [chunk(layers=4)], stage=0, data_parallel_size=1).activations
-    assert estimate == 3 * (4 * 64 * 4 * 128) + 2 * layer_activation_bytes(run)
+    # The layer that is kept is free again before the first one is recomputed.
+    assert estimate == 3 * (4 * 64 * 4 * 128) + layer_activation_bytes(run)
 
 
 def pipeline(stages: int, chunks: int | None = None) -> RunConfig:

@@ -71,7 +71,8 @@ def test_make_targets_of_the_readme_exist() -> None:
 def folder_with_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An empty folder with the examples and some real text of the standard library."""
     folder = tmp_path_factory.mktemp("readme")
-    (folder / "examples").symlink_to(ROOT / "examples")
+    for name in ("examples", "launch"):
+        (folder / name).symlink_to(ROOT / name)
     texts = [Path(path).read_text(encoding="utf-8") for path in (textwrap.__file__, json.__file__)]
     texts += [Path(module.__file__ or "").read_text("utf-8") for module in (re, shlex, subprocess)]
     paragraphs = [part for text in texts for part in text.split("\n\n")]

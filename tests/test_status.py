@@ -107,6 +107,7 @@ def test_json_holds_the_same_numbers(tmp_path: Path) -> None:
         "pid": 4242,
         "world_size": 64,
         "revision": "0.1.0-abc",
+        "launch": None,
         "metrics": {"lm loss": None},
     }
 

@@ -7,6 +7,7 @@ from typing import Any
 import typer
 
 from megatron_mup.command_help import PlainCommand
+from megatron_mup.data.corpus_command import corpus_command
 from megatron_mup.data.megatron_flags import own_arguments
 from megatron_mup.data.preprocess_command import preprocess_command
 from megatron_mup.data.shard_commands import blend, inspect, verify
@@ -23,6 +24,7 @@ class _PreprocessCommand(PlainCommand):
 
 
 app = typer.Typer(no_args_is_help=True, help="Tokenizers, token shards and blends of them.")
+app.command("corpus", cls=PlainCommand)(corpus_command)
 app.command("tokenizer", cls=PlainCommand)(tokenizer_command)
 app.command("preprocess", cls=_PreprocessCommand)(preprocess_command)
 app.command("inspect", cls=PlainCommand)(inspect)

@@ -14,35 +14,12 @@ from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 
 from megatron_mup import platform
-from megatron_mup.config import TrainingConfig
 from megatron_mup.data.datasets import Samples
+from megatron_mup.training.sample_counts import global_batch_size as global_batch_size
+from megatron_mup.training.sample_counts import samples_after as samples_after
 
 Batch = dict[str, Tensor]
 _KEYS = ("tokens", "labels", "loss_mask", "position_ids")
-
-
-def global_batch_size(training: TrainingConfig, consumed_samples: int) -> int:
-    """Sequences of the step that follows ``consumed_samples``, ramp-up included.
-
-    Megatron's ``[start, increment, samples]``: the batch grows by ``increment`` after equal shares
-    of ``samples``.
-    """
-    if training.rampup_batch_size is None:
-        return training.global_batch_size
-    start, increment, samples = training.rampup_batch_size
-    increments = (training.global_batch_size - start) // increment
-    done = consumed_samples * increments // samples
-    return start + increment * min(done, increments)
-
-
-def samples_after(training: TrainingConfig, steps: int) -> int:
-    """Samples that ``steps`` optimizer steps consume from the start."""
-    if training.rampup_batch_size is None:
-        return steps * training.global_batch_size
-    consumed = 0
-    for _ in range(steps):
-        consumed += global_batch_size(training, consumed)
-    return consumed
 
 
 def micro_batches(

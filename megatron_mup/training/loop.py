@@ -29,6 +29,7 @@ from megatron_mup.status import RunState, StatusWriter
 from megatron_mup.training.bad_steps import BadSteps, Outcome, Verdict, save_bad_batch
 from megatron_mup.training.batches import Batch, global_batch_size, micro_batches
 from megatron_mup.training.exit_requests import ExitReason, ExitRequests
+from megatron_mup.training.failure_notes import note_result, noted_failure
 from megatron_mup.training.interval import perplexity
 from megatron_mup.training.meters import BusyClock
 from megatron_mup.training.metrics import Progress, Sink, console_line, open_sinks
@@ -82,7 +83,7 @@ def train(
         MupError: before any work, if data, layout or checkpoint do not fit; later, if a rank dies.
     """
     launch = detect_launch() if launch is None else launch
-    with ExitStack() as stack:
+    with noted_failure(launch.rank), ExitStack() as stack:
         # Signals that come while the model is built count as well.
         exits = stack.enter_context(ExitRequests(run.faults.exit_duration_in_mins))
         check_observer(run, observer)
@@ -349,6 +350,7 @@ class _Loop:
 
     def _report_end(self) -> None:
         result, status = self.result, self.tools.status
+        note_result(result)
         if result.diverged:
             status.enter(RunState.DIVERGED, exit_reason=self.verdict.reason)
         elif result.save_failed is not None:

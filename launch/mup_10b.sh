@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# The 10B run of arXiv:2404.05728: width 8192, 190B tokens, FP8, on 16 nodes of 8 H100.
+#
+#   LR=0.01 sbatch launch/mup_10b.sh [key=value ...]         # or LR_FROM=FILE; see docs/mup_10b.md
+#
+# Continues by itself after the time limit, preemption and lost nodes (docs/slurm.md). From the
+# environment: RUN_DIR (runs/mup_10b), LR or LR_FROM, MAX_RESTARTS (3), EXCLUDE_AFTER, LAUNCHER
+# (srun, torchrun), GPUS_PER_NODE. Arguments are options of configs/mup_10b.yaml.
+#
+#SBATCH --job-name=mup_10b
+#SBATCH --nodes=16
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=12
+#SBATCH --mem=0
+#SBATCH --exclusive
+#SBATCH --time=24:00:00
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=slurm-%x-%j.out
+# Ten minutes before the limit: save, and go back into the queue.
+#SBATCH --signal=B:USR1@600
+set -euo pipefail
+
+# Slurm runs a copy from its spool; the job's record tells where the script was.
+here=$(dirname "$(realpath "$0")")
+if [[ ! -e $here/run_functions.sh ]]; then
+    here=$(scontrol show job "$SLURM_JOB_ID")
+    here=${here#*Command=}
+    here=${here%%/mup_10b.sh*}
+fi
+# shellcheck source=launch/run_functions.sh
+source "$here/run_functions.sh"
+
+run_training "$here/configs/mup_10b.yaml" "$@"

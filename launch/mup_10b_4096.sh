@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# The 10B run with sequences of 4,096 tokens, for a model that is to be used: packed documents, the
+# same 2^21 tokens a batch in 512 sequences. The rest is as in mup_10b.sh.
+#
+#   LR=0.01 sbatch launch/mup_10b_4096.sh [key=value ...]
+#
+#SBATCH --job-name=mup_10b_4096
+#SBATCH --nodes=16
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=12
+#SBATCH --mem=0
+#SBATCH --exclusive
+#SBATCH --time=24:00:00
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=slurm-%x-%j.out
+# Ten minutes before the limit: save, and go back into the queue.
+#SBATCH --signal=B:USR1@600
+set -euo pipefail
+
+# Slurm runs a copy from its spool; the job's record tells where the script was.
+here=$(dirname "$(realpath "$0")")
+if [[ ! -e $here/run_functions.sh ]]; then
+    here=$(scontrol show job "$SLURM_JOB_ID")
+    here=${here#*Command=}
+    here=${here%%/mup_10b_4096.sh*}
+fi
+# shellcheck source=launch/run_functions.sh
+source "$here/run_functions.sh"
+
+run_training "$here/configs/mup_10b_4096.yaml" "$@"

@@ -1,0 +1,195 @@
+"""What follows an attempt: by its exit code, its ranks' notes, its progress and its nodes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_mup.launching.decision import Ended, Limits, decide, decide_and_record
+from megatron_mup.rank_outcomes import RankOutcome
+from tests.launching.run_folders import checkpoint, event_list, events
+
+
+def begin(attempt: int, iteration: int | None) -> dict[str, Any]:
+    return {"event": "begin", "attempt": attempt, "iteration": iteration}
+
+
+def charged(attempt: int, *nodes: str, excluded: tuple[str, ...] = ()) -> dict[str, Any]:
+    return {"event": "decide", "attempt": attempt, "charged": list(nodes),
+            "excluded": list(excluded)}  # fmt: skip
+
+
+def note(
+    exit_code: int, reason: str = "RuntimeError: x", *, node: str = "n1", time: float = 0.0
+) -> RankOutcome:
+    return RankOutcome(rank=3, node=node, exit_code=exit_code, reason=reason, time=time)
+
+
+def line(
+    exit_code: int,
+    *notes: RankOutcome,
+    before: tuple[dict[str, Any], ...] = (begin(1, None),),
+    max_restarts: int = 3,
+    exclude_after: int | None = None,
+    iteration: int | None = None,
+) -> str:
+    ended = Ended(attempt=1, exit_code=exit_code, outcomes=notes, iteration=iteration)
+    limits = Limits(max_restarts=max_restarts, exclude_after=exclude_after)
+    return decide(ended, before, limits).line
+
+
+def test_a_finished_run_is_finished() -> None:
+    assert line(0) == "finished"
+
+
+@pytest.mark.parametrize("exit_code", [1, 2, 3, 77, 126, 127])
+def test_what_another_start_cannot_mend_stops(exit_code: int) -> None:
+    assert line(exit_code).startswith(f"stop exit {exit_code}: ")
+
+
+@pytest.mark.parametrize("exit_code", [74, 75, 76, 78, 79, 129, 134, 135, 137, 139, 143, 5])
+def test_what_another_start_can_mend_is_started_again(exit_code: int) -> None:
+    assert line(exit_code).startswith(f"requeue exit {exit_code}: ")
+
+
+def test_a_signal_is_named() -> None:
+    assert line(137) == "requeue exit 137: killed by signal 9"
+
+
+@pytest.mark.parametrize("exit_code", [74, 75, 76, 79, 137])
+def test_restarts_without_progress_are_counted_and_end(exit_code: int) -> None:
+    # Three restarts are allowed: the fourth start in a row at iteration 100 is the last.
+    before = (begin(1, None), begin(2, 100), begin(3, 100), begin(4, 100))
+    assert line(exit_code, before=before, iteration=100).startswith("requeue")
+    before = (*before, begin(5, 100))
+    stopped = line(exit_code, before=before, iteration=100)
+    assert stopped.startswith("stop")
+    assert "4 starts in a row left no checkpoint after iteration 100" in stopped
+
+
+def test_progress_starts_the_count_anew() -> None:
+    before = tuple(begin(number, 100) for number in range(1, 9))
+    assert line(75, before=before, iteration=101).startswith("requeue")
+
+
+def test_attempts_that_ended_without_a_decision_count_too() -> None:
+    # A node that dies takes the batch script with it: Slurm requeues, nobody decides.
+    before = tuple(begin(number, None) for number in (1, 2, 3, 4))
+    assert line(76, before=before).startswith("stop")
+
+
+def test_zero_restarts_stops_at_the_first_failure() -> None:
+    assert line(76, max_restarts=0).startswith("stop")
+
+
+def test_the_first_rank_that_failed_by_itself_decides_whatever_the_step_says() -> None:
+    # srun gives the highest code, of ranks that it killed; torchrun always 1.
+    mistake = note(2, "ConfigError: no such option", node="n4", time=5.0)
+    lost = note(76, "PeerLostError: another rank died", node="n1", time=6.0)
+    for said in (137, 76, 1):
+        found = line(said, lost, mistake)
+        assert found.startswith("stop exit 2: a mistake that has to be mended first")
+        assert "first rank 3 on n4: ConfigError: no such option" in found
+
+
+def test_ranks_that_were_stopped_under_torchrun_are_started_again() -> None:
+    assert line(1, note(75, "SIGUSR1"), note(75, "SIGUSR1")).startswith("requeue exit 75")
+    assert line(1, note(76), note(75)).startswith("requeue exit 76")
+
+
+def test_a_fault_of_the_machine_is_no_defect_and_counts_against_its_node() -> None:
+    fault = note(1, "RuntimeError: CUDA error: uncorrectable ECC error encountered", node="n7")
+    ended = Ended(attempt=1, exit_code=1, outcomes=(fault,))
+    found = decide(ended, (begin(1, None),), Limits(max_restarts=3))
+    assert found.action == "requeue"
+    assert found.charged == ("n7",)
+    assert "a machine failed" in found.reason
+
+
+def test_a_defect_counts_against_no_node() -> None:
+    ended = Ended(attempt=1, exit_code=1, outcomes=(note(1, "KeyError: 'x'"),))
+    found = decide(ended, (begin(1, None),), Limits(max_restarts=3, exclude_after=1))
+    assert (found.action, found.charged) == ("stop", ())
+
+
+@pytest.mark.parametrize(
+    ("noted", "exit_code", "nodes"),
+    [
+        # Ranks 0 to 3 on n1, n1, n2, n2.
+        ((0, 1, 2), 76, ("n2",)),
+        ((0, 1), 76, ("n2",)),
+        ((0, 2), 76, ()),
+        ((), 76, ()),
+        ((0, 1, 2, 3), 76, ()),
+        ((0, 1), 75, ()),
+    ],
+)
+def test_ranks_that_vanished_from_one_node_count_against_it(
+    noted: tuple[int, ...], exit_code: int, nodes: tuple[str, ...]
+) -> None:
+    notes = [
+        RankOutcome(rank=rank, node="n1", exit_code=exit_code, reason="", time=0.0)
+        for rank in noted
+    ]
+    ended = Ended(
+        attempt=1, exit_code=137, outcomes=notes, nodes={0: "n1", 1: "n1", 2: "n2", 3: "n2"}
+    )
+    found = decide(ended, (begin(1, None),), Limits(max_restarts=3))
+    assert (found.action, found.charged) == ("requeue", nodes)
+
+
+def judged(attempt: int, *nodes: str) -> dict[str, Any]:
+    return {"event": "judge", "attempt": attempt, "bad_nodes": dict.fromkeys(nodes, "disk full")}
+
+
+def test_a_node_is_avoided_after_so_many_failures_and_not_before() -> None:
+    history = (begin(1, None), judged(1, "n2"))
+    assert line(79, before=history, exclude_after=2).startswith("requeue")
+    assert line(79, before=history, exclude_after=1).startswith("resubmit n2 exit 79: ")
+    again = (charged(1, "n2"), begin(1, 5), judged(1, "n2", "n9"))
+    assert line(79, before=again, exclude_after=2, iteration=5).startswith("resubmit n2 exit 79")
+    assert line(79, before=again, exclude_after=None, iteration=5).startswith("requeue exit 79")
+
+
+def test_nodes_that_are_avoided_already_stay_so_and_cause_no_second_resubmission() -> None:
+    history = (charged(0, "n2", excluded=("n2",)), begin(1, None))
+    assert line(76, before=history, exclude_after=1).startswith("requeue")
+    history = (*history, judged(1, "n5"))
+    assert line(79, before=history, exclude_after=1).startswith("resubmit n2,n5 ")
+
+
+def test_nodes_stay_avoided_when_the_limit_is_raised_later() -> None:
+    history = (charged(0, "n2", "n5", excluded=("n2",)), begin(1, None), judged(1, "n5"))
+    assert line(79, before=history, exclude_after=2).startswith("resubmit n2,n5 ")
+
+
+def test_another_attempt_s_bad_nodes_are_not_charged() -> None:
+    history = (judged(7, "n2"), begin(1, None))
+    assert line(79, before=history, exclude_after=1).startswith("requeue")
+
+
+def test_the_answer_is_one_line_whatever_the_error_said() -> None:
+    found = line(74, note(74, "first\nsecond line\n"))
+    assert "\n" not in found
+    assert found.endswith("first")
+
+
+def test_the_decision_is_remembered_with_what_it_was_made_from(tmp_path: Path) -> None:
+    folder = event_list(tmp_path, begin(1, 10))
+    checkpoint(tmp_path, 20)
+    folder.outcomes(1).mkdir(parents=True)
+    (folder.outcomes(1) / "rank-00003.json").write_text(
+        json.dumps({"rank": 3, "node": "n7", "exit_code": 1, "time": 1.0,
+                    "reason": "RuntimeError: CUDA error: unspecified launch failure"})
+    )  # fmt: skip
+    found = decide_and_record(
+        folder, 1, 137, signalled=True, limits=Limits(max_restarts=1, exclude_after=1)
+    )
+    assert found.line.startswith("resubmit n7 exit 1: a machine failed (the job step said 137)")
+    last = events(tmp_path)[-1]
+    assert (last["event"], last["attempt"], last["exit_code"]) == ("decide", 1, 137)
+    assert (last["signalled"], last["iteration"]) == (True, 20)
+    assert (last["decision"], last["charged"], last["excluded"]) == ("resubmit", ["n7"], ["n7"])

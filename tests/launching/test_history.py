@@ -1,0 +1,116 @@
+"""What ``megatron-mup status`` tells of a run that a launch script began."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_mup.errors import CheckpointError
+from megatron_mup.launching.history import find_history
+from megatron_mup.status_report import inspect_folder, render
+from tests.launching.run_folders import event_list
+
+BEGINNINGS: list[dict[str, Any]] = [
+    {"event": "begin", "attempt": 1, "lr": 0.5, "lr_source": "--lr 0.5", "snapshot": "snapshot"},
+    {"event": "judge", "attempt": 1, "bad_nodes": {"n2": "disk: full"}},
+    {"event": "decide", "attempt": 1, "decision": "resubmit", "reason": "exit 79: x",
+     "charged": ["n2"], "excluded": ["n2"]},
+    {"event": "begin", "attempt": 2, "lr": 0.25, "lr_source": "--lr-from best.yaml",
+     "snapshot": "snapshot-0002"},
+]  # fmt: skip
+
+
+def stopped(reason: str) -> dict[str, Any]:
+    return {"event": "decide", "attempt": 2, "decision": "stop", "reason": reason,
+            "charged": ["n2", "n3"], "excluded": []}  # fmt: skip
+
+
+def test_a_run_folder_shows_its_attempts(tmp_path: Path) -> None:
+    event_list(tmp_path, *BEGINNINGS)
+    (tmp_path / "checkpoints").mkdir()
+    for folder in (tmp_path, tmp_path / "checkpoints"):
+        report = inspect_folder(folder)
+        assert render(report).splitlines() == [
+            "unknown state",
+            "no checkpoint yet",
+            "attempt 2, 1 restarts; last decision: resubmit exit 79: x",
+            "learning rate 0.25 by --lr-from best.yaml",
+            "failed nodes: n2 (1)",
+            "excluded nodes: n2",
+            "snapshot: launch/snapshot-0002",
+            "healthy",
+        ]
+
+
+def test_a_run_that_was_given_up_is_not_healthy(tmp_path: Path) -> None:
+    event_list(tmp_path, *BEGINNINGS, stopped("exit 2: a mistake"))
+    report = inspect_folder(tmp_path)
+    assert report.problems == ("the launch script gave up: exit 2: a mistake",)
+    found = report.to_json()["launch"]
+    assert json.loads(json.dumps(found)) == {
+        "save_folder": f"{tmp_path}/checkpoints",
+        "attempts": 2,
+        "decision": "stop exit 2: a mistake",
+        "failures": {"n2": 2, "n3": 1},
+        "excluded": ["n2"],
+        "snapshot": "snapshot-0002",
+        "lr": 0.25,
+        "lr_source": "--lr-from best.yaml",
+    }
+
+
+def test_an_old_stop_is_no_problem_of_a_new_attempt(tmp_path: Path) -> None:
+    event_list(
+        tmp_path, *BEGINNINGS, stopped("exit 2: a mistake"), {"event": "begin", "attempt": 3}
+    )
+    assert inspect_folder(tmp_path).problems == ()
+
+
+def test_nodes_that_failed_now_are_problems(tmp_path: Path) -> None:
+    event_list(tmp_path, *BEGINNINGS[:2])
+    assert inspect_folder(tmp_path).problems == ("node n2 failed the preflight: disk: full",)
+
+
+def test_a_save_folder_elsewhere_is_found_and_a_stranger_s_is_not(tmp_path: Path) -> None:
+    folder = event_list(tmp_path / "run", *BEGINNINGS)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    folder.config.write_text(json.dumps({"checkpoint": {"save": str(elsewhere)}}))
+    found = find_history(tmp_path / "run")
+    assert found is not None
+    assert found.save_folder == elsewhere
+    # A folder beside it that is not of this run.
+    (tmp_path / "run" / "other").mkdir()
+    assert find_history(tmp_path / "run" / "other") is None
+
+
+@pytest.mark.parametrize("text", ["", "[]\n", '{"event": "judge", "attempt": 1}\n'])
+def test_a_folder_without_a_beginning_is_no_run(text: str, tmp_path: Path) -> None:
+    event_list(tmp_path).attempts.write_text(text)
+    assert find_history(tmp_path) is None
+    with pytest.raises(CheckpointError):
+        inspect_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "odd", [{"lr": "x", "lr_source": 3, "snapshot": []}, {"lr": None, "extra": {}}]
+)
+def test_odd_values_are_left_out(odd: dict[str, Any], tmp_path: Path) -> None:
+    event_list(
+        tmp_path,
+        {"event": "begin", "attempt": 1, **odd},
+        {"event": "judge", "attempt": 1, "bad_nodes": "n2"},
+        {"event": "decide", "attempt": 0, "charged": "n2", "excluded": [3], "decision": None},
+    )
+    found = find_history(tmp_path)
+    assert found is not None
+    assert (found.lr, found.lr_source, found.snapshot, found.excluded) == (None, None, None, ())
+    assert found.failures == {}
+
+
+def test_a_damaged_configuration_is_no_traceback(tmp_path: Path) -> None:
+    event_list(tmp_path, *BEGINNINGS).config.write_text("a: [")
+    assert find_history(tmp_path) is None

@@ -1,0 +1,399 @@
+"""Launch scripts of training outside of a job: stand-ins for sbatch, torchrun and megatron-mup."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TRAINING = ["mup_10b", "mup_10b_4096", "mup_10b_adamw", "mup_proxy", "mup_tiny"]
+TOOLS = (
+    *("awk", "basename", "bash", "cat", "dirname", "env", "grep", "mkdir", "paste", "realpath"),
+    *("rm", "sed", "seq", "setsid", "sleep", "stat", "timeout", "uname", "wc"),
+)
+
+# Notes what it is asked, and the array that the environment asks for.
+SBATCH = """#!/bin/bash
+printf '%s\\n' "$@" "array=${SBATCH_ARRAY_INX:-}" "rates=${SWEEP_RATES:-}" '' >>"$FOLDER/jobs"
+echo "Submitted batch job $((10 + $(grep -c '^$' "$FOLDER/jobs")))"
+"""
+
+# Starts ranks as torchrun does: sessions of their own; its own exit code is 0 or 1.
+TORCHRUN = """#!/bin/bash
+while [[ $1 != --no-python ]]; do
+    [[ $1 != --nproc-per-node ]] || count=$2
+    shift
+done
+for rank in $(seq 0 $((count - 1))); do
+    RANK=$rank setsid --wait "${@:2}" &
+done
+code=0
+for rank in $(jobs -p); do wait "$rank" || code=1; done
+exit $code
+"""
+
+# Notes its calls; does in `train` what the test wrote, and decides from a list.
+COMMAND = """#!/bin/bash
+echo "${RANK:-} ${GIVEN:-} $*" >>"$FOLDER/calls"
+case "$1 $2" in
+    "launch begin")
+        [[ ! -e $FOLDER/mistake ]] || { cat "$FOLDER/mistake" >&2; exit 2; }
+        mkdir -p "$4/launch" && echo GIVEN=yes
+        ;;
+    "launch judge") [[ ! -e $FOLDER/bad_nodes ]] || exit 79 ;;
+    "launch decide") head -n 1 "$FOLDER/decisions" && sed -i 1d "$FOLDER/decisions" ;;
+    "train "*) source "$FOLDER/train" ;;
+    "status --json") cat "$3/status.json" ;;
+esac
+"""
+
+STATUS = """{{
+ "state": "{state}",
+ "iteration": {iteration},
+ "train_iters": 20,
+ "launch": {{
+  "state": "other",
+  "lr": 7
+ }},
+ "metrics": {{
+  "lm loss": 2.5,
+  "lm loss validation": {loss}
+ }}
+}}
+"""
+
+
+class Machine:
+    """A folder to launch from, and a checkout with a site's settings."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.work = folder, folder / "my work"
+        self.project = folder / "the project"
+        shutil.copytree(ROOT / "launch", self.project / "launch")
+        (self.project / "launch/env").unlink(missing_ok=True)
+        for each in (self.work, folder / "bin", folder / "tools"):
+            each.mkdir()
+        for name, text in {"sbatch": SBATCH, "torchrun": TORCHRUN, "megatron-mup": COMMAND}.items():
+            (folder / "bin" / name).write_text(text)
+            (folder / "bin" / name).chmod(0o755)
+        for name in (*TOOLS, "head"):
+            (folder / "tools" / name).symlink_to(str(shutil.which(name)))
+        (folder / "calls").touch()
+        self.decide("finished")
+        self.train("")
+        self.env = {
+            "PATH": f"{folder}/bin:{folder}/tools",
+            "FOLDER": str(folder),
+            "MEGATRON_MUP": f"{folder}/bin/megatron-mup",
+        }
+
+    def decide(self, *lines: str) -> None:
+        (self.folder / "decisions").write_text("".join(f"{line}\n" for line in lines))
+
+    def train(self, lines: str) -> None:
+        (self.folder / "train").write_text(lines)
+
+    def start(self, script: str, *arguments: str, **env: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            ["bash", self.project / f"launch/{script}.sh", *arguments],
+            cwd=self.work,
+            env=self.env | env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def launch(self, script: str, *arguments: str, **env: str) -> tuple[int, str, str]:
+        process = self.start(script, *arguments, **env)
+        out, err = process.communicate(timeout=60)
+        return process.returncode, out, err
+
+    def here(self, *arguments: str, **env: str) -> tuple[int, str, str]:
+        settings = {"LAUNCHER": "torchrun", "GPUS_PER_NODE": "2", "LR": "0.5"}
+        return self.launch("mup_10b", *arguments, **settings, **env)
+
+    def calls(self, start: str = "") -> list[str]:
+        """What megatron-mup was called with, behind its rank and a variable of the attempt."""
+        lines = (self.folder / "calls").read_text().splitlines()
+        return [line for line in lines if line.split(" ", 2)[2].startswith(start)]
+
+    def jobs(self) -> list[list[str]]:
+        text = (self.folder / "jobs").read_text() if (self.folder / "jobs").exists() else ""
+        return [job.splitlines() for job in text.split("\n\n") if job]
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Machine:
+    return Machine(tmp_path)
+
+
+def test_all_scripts_pass_shellcheck():
+    scripts = [*sorted((ROOT / "launch").glob("*.sh")), ROOT / "launch/env.example"]
+    checker = Path(sys.executable).parent / "shellcheck"
+    result = subprocess.run(
+        [checker, "--external-sources", *scripts], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (result.returncode, result.stdout) == (0, "")
+
+
+@pytest.mark.parametrize("script", [*TRAINING, "lr_sweep"])
+def test_help_is_the_comment_at_the_top_and_starts_nothing(machine, script):
+    code, out, err = machine.launch(script, "--help", MEGATRON_MUP="/no/such/command")
+
+    assert (code, err) == (0, "")
+    assert f"launch/{script}.sh" in out
+    assert "#" not in out.replace("  #", "")
+    assert machine.jobs() == []
+
+
+def test_bash_submits_a_script_with_the_site_s_options_where_slurm_is(machine):
+    (machine.project / "launch/env").write_text("SITE_OPTIONS=(--partition='a b')\n")
+
+    code, out, _ = machine.launch("mup_10b", "train_iters=9", LR="0.5")
+
+    assert (code, out) == (0, "Submitted batch job 11\n")
+    script = str(machine.project / "launch/mup_10b.sh")
+    assert machine.jobs() == [["--partition=a b", script, "train_iters=9", "array=", "rates="]]
+    assert machine.calls() == []
+
+
+def test_a_run_without_a_learning_rate_is_not_submitted(machine):
+    code, _, err = machine.launch("mup_10b")
+
+    assert (code, machine.jobs()) == (2, [])
+    assert err.startswith("error: no learning rate is given; set LR=number")
+    # The twin has a published one; an argument or a file will do.
+    for script, arguments, env in (
+        ("mup_10b_adamw", [], {}),
+        ("mup_10b", ["optimizer.lr=0.5"], {}),
+        ("mup_10b", [], {"LR_FROM": "tuned.yaml"}),
+    ):
+        assert machine.launch(script, *arguments, **env)[0] == 0
+    assert len(machine.jobs()) == 3
+
+
+@pytest.mark.parametrize(("width", "nodes"), [(128, 1), (512, 1), (1024, 2), (2048, 4), (4096, 8)])
+def test_a_proxy_asks_for_nodes_by_its_width(machine, width, nodes):
+    assert machine.launch("mup_proxy", str(width), "train_iters=9", LR="0.5")[0] == 0
+
+    script = str(machine.project / "launch/mup_proxy.sh")
+    options = [f"--job-name=mup_proxy_{width}", f"--nodes={nodes}", script, str(width)]
+    assert machine.jobs()[0][:5] == [*options, "train_iters=9"]
+
+
+@pytest.mark.parametrize("width", ["", "100", "wide"])
+def test_a_width_that_is_none_is_refused(machine, width):
+    code, _, err = machine.launch("mup_proxy", *([width] if width else []), LR="0.5")
+
+    assert code == 2
+    assert err.startswith(f"error: the width is '{width}'; give a multiple of 128 first")
+
+
+def test_a_proxy_of_a_width_is_that_model(machine):
+    settings = {"LAUNCHER": "torchrun", "GPUS_PER_NODE": "1", "LR": "0.5"}
+
+    assert machine.launch("mup_proxy", "512", "train_iters=9", **settings)[0] == 0
+
+    (begin,) = machine.calls("launch begin")
+    assert f"--run-dir {machine.work}/runs/mup_proxy_512 " in begin
+    assert begin.endswith(" hidden_size=512 num_attention_heads=4 train_iters=9")
+
+
+def test_a_run_here_is_checked_and_trained_on_all_ranks(machine):
+    code, out, err = machine.here("train_iters=9", RUN_DIR="a run")
+
+    assert code == 0, err
+    assert out == "finished\n"
+    run = f"{machine.work}/a run"
+    configs = f"{machine.project}/launch/configs"
+    assert machine.calls("launch begin") == [
+        f"  launch begin --run-dir {run} --config {configs}/mup_10b.yaml --world-size 2 --lr 0.5 "
+        f'checkpoint.save="{run}/checkpoints" checkpoint.load="{run}/checkpoints" '
+        f'logging.metrics_path="{run}/metrics.jsonl" train_iters=9'
+    ]
+    # Each rank, with the variable that "begin" printed.
+    assert sorted(machine.calls("launch preflight")) == [
+        f"{rank} yes launch preflight --run-dir {run} --timeout-seconds 240" for rank in (0, 1)
+    ]
+    assert machine.calls("launch judge") == [
+        f" yes launch judge --run-dir {run} --nodes {os.uname().nodename} --tasks-per-node 2"
+    ]
+    assert sorted(machine.calls("train")) == [
+        f"{rank} yes train --config {run}/launch/config.yaml" for rank in (0, 1)
+    ]
+    assert machine.calls("launch decide") == [
+        f" yes launch decide --run-dir {run} --exit-code 0 --max-restarts 3"
+    ]
+
+
+def test_a_mistake_ends_the_script_before_any_rank_starts(machine):
+    (machine.folder / "mistake").write_text("error: no such option\n")
+
+    assert machine.here() == (2, "", "error: no such option\n")
+
+    assert len(machine.calls()) == 1
+
+
+def test_a_run_is_started_again_until_it_is_decided_otherwise(machine):
+    machine.decide("requeue once", "resubmit n1,n2 twice", "stop it failed")
+    # The second rank is told of the first one's failure.
+    machine.train("if [[ $RANK == 0 ]]; then exit 3; fi; sleep 0.5; exit 76\n")
+
+    code, out, err = machine.here(MAX_RESTARTS="5", EXCLUDE_AFTER="2", PREFLIGHT_SECONDS="0")
+
+    assert (code, out) == (3, "requeue once\nresubmit n1,n2 twice\nstop it failed\n")
+    assert err.count("the first to fail was rank 0 on ") == 3
+    assert len(machine.calls("train")) == 6
+    assert machine.calls("launch preflight") == []
+    decided = machine.calls("launch decide")
+    assert len(decided) == 3
+    for call in decided:
+        assert call.endswith(" --exit-code 3 --max-restarts 5 --exclude-after 2")
+
+
+def test_no_rank_starts_on_nodes_that_fail_their_checks(machine):
+    (machine.folder / "bad_nodes").touch()
+    machine.decide("stop bad nodes")
+
+    assert machine.here()[0] == 79
+
+    assert machine.calls("train") == []
+    assert "--exit-code 79" in machine.calls("launch decide")[0]
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])
+def test_a_signal_reaches_the_ranks_and_ends_the_run(machine, number):
+    machine.decide("requeue stopped in time", "finished")
+    machine.train(
+        'trap \'echo "$RANK" >>"$FOLDER/saved"; exit 75\' USR1\n'
+        'echo "$RANK" >>"$FOLDER/ready"\nwhile true; do sleep 0.1; done\n'
+    )
+    settings = {"LAUNCHER": "torchrun", "GPUS_PER_NODE": "2", "LR": "0.5"}
+    process = machine.start("mup_10b", PREFLIGHT_SECONDS="0", **settings)
+    ready = machine.folder / "ready"
+    deadline = time.monotonic() + 60
+    while not ready.exists() or len(ready.read_text().split()) < 2:
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+
+    assert (process.returncode, out) == (75, "requeue stopped in time\n"), err
+    assert err.endswith(f"stopped by {number.name}; the same command continues the run\n")
+    assert sorted((machine.folder / "saved").read_text().split()) == ["0", "1"]
+    assert "--exit-code 75 --signalled" in machine.calls("launch decide")[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"LAUNCHER": "srun"}, "LAUNCHER=srun needs a Slurm job"),
+        ({"LAUNCHER": "mpirun"}, "LAUNCHER is mpirun; set srun or torchrun"),
+        ({"LAUNCHER": "torchrun", "GPUS_PER_NODE": "0"}, "GPUS_PER_NODE is 0; set the number"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(machine, settings, message):
+    code, _, err = machine.launch("mup_10b", LR="0.5", **settings)
+
+    assert code == 2
+    assert err.startswith(f"error: {message}")
+    assert machine.calls() == []
+
+
+def test_a_command_of_several_words_needs_torchrun_to_be_found_inside_of_it(machine):
+    image = machine.folder / "bin/container"
+    image.write_text(
+        '#!/bin/bash\necho "$1" >>"$FOLDER/inside"\nexec "$FOLDER/bin/${1##*/}" "${@:2}"\n'
+    )
+    image.chmod(0o755)
+    settings = machine.project / "launch/env"
+    settings.write_text("MEGATRON_MUP=(container /opt/megatron-mup)\n")
+
+    assert machine.here(PREFLIGHT_SECONDS="0")[0] == 0
+    assert set((machine.folder / "inside").read_text().split()) == {
+        "/opt/megatron-mup",
+        "/opt/torchrun",
+    }
+
+    settings.write_text("MEGATRON_MUP=(container 'mup of mine')\n")
+    code, _, err = machine.here()
+    assert code == 2
+    assert "set TORCHRUN in launch/env" in err
+
+
+def test_a_sweep_is_an_array_and_a_table_after_it(machine):
+    script = machine.project / "launch/mup_proxy.sh"
+
+    code, out, _ = machine.launch(
+        "lr_sweep", str(script), "512", "train_iters=9", RATES="0.1 0.2 0.4", AT_ONCE="2"
+    )
+
+    assert code == 0
+    runs = f"{machine.work}/runs/lr_sweep"
+    assert out.splitlines()[-1] == f"runs: job 11, 3 tasks, in {runs}"
+    options = ["--job-name=mup_proxy_512", "--nodes=1", str(script), "512", "train_iters=9"]
+    report = ["--dependency=afterany:11", "--job-name=lr_sweep_report"]
+    sweep = str(machine.project / "launch/lr_sweep.sh")
+    assert machine.jobs() == [
+        [*options, "array=0-2%2", "rates=0.1 0.2 0.4"],
+        [*report, sweep, "report", runs, "0.1", "0.2", "0.4", "array=", "rates="],
+    ]
+
+
+def test_a_sweep_without_slurm_follows_the_list_and_makes_the_table(machine):
+    (machine.folder / "bin/sbatch").unlink()
+    runs = machine.work / "runs/lr_sweep"
+    for rate, state, iteration, loss in (
+        ("0.1", "finished", 20, 2.25),
+        ("0.2", "finished", 20, 1.75),
+        ("0.4", "failed", 7, 1.5),
+    ):
+        (runs / f"lr-{rate}").mkdir(parents=True)
+        text = STATUS.format(state=state, iteration=iteration, loss=loss)
+        (runs / f"lr-{rate}/status.json").write_text(text)
+    machine.decide("finished", "finished", "stop it failed", "finished")
+
+    code, out, err = machine.launch(
+        *("lr_sweep", str(machine.project / "launch/mup_10b.sh")),
+        **{"RATES": "0.1 0.2 0.4 0.8", "GPUS_PER_NODE": "1", "PREFLIGHT_SECONDS": "0"},
+    )
+
+    assert code == 0, err
+    given = [call.split("--lr ")[1].split()[0] for call in machine.calls("launch begin")]
+    assert given == ["0.1", "0.2", "0.4", "0.8"]
+    assert "the run at 0.4 failed" in err
+    assert (runs / "sweep.csv").read_text() == (
+        "lr,state,iteration,train_iters,loss,validation_loss\n0.1,finished,20,20,2.5,2.25\n"
+        "0.2,finished,20,20,2.5,1.75\n0.4,failed,7,20,2.5,1.5\n0.8,missing,,,,\n"
+    )
+    assert (runs / "sweep.md").read_text().splitlines()[:3] == [
+        "| lr | state | iteration | train_iters | loss | validation_loss |",
+        "|---|---|---|---|---|---|",
+        "| 0.1 | finished | 20 | 20 | 2.5 | 2.25 |",
+    ]
+    # Not the lower loss of a run that failed.
+    assert f"lowest loss at 0.2: LR_FROM={runs}/lr-0.2/launch/config.yaml\n" in out
+    assert "end of the list" not in out
+
+
+def test_a_sweep_whose_best_rate_is_the_last_says_so(machine):
+    for rate, loss in (("0.1", 2.25), ("0.2", 1.75)):
+        (machine.work / f"lr-{rate}").mkdir()
+        text = STATUS.format(state="finished", iteration=20, loss=loss)
+        (machine.work / f"lr-{rate}/status.json").write_text(text)
+
+    code, out, _ = machine.launch("lr_sweep", "report", str(machine.work), "0.1", "0.2")
+
+    assert code == 0
+    assert "that is the end of the list" in out
+    code, _, err = machine.launch("lr_sweep", "report", str(machine.work), "0.3")
+    assert (code, err) == (2, "error: no run has finished; their logs say why\n")
