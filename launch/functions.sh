@@ -26,6 +26,8 @@ in_batch_script() { in_job && [[ ${ENVIRONMENT:-} == BATCH ]]; }
 load_site() {
     SITE_OPTIONS=()
     CONTAINER=()
+    # Left in the shell of a user, these would tell every rank the same place.
+    unset MASTER_ADDR MASTER_PORT RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE GROUP_RANK
     if [[ -e $project/launch/env ]]; then
         # Modules and conda read variables that are not set.
         set +u

@@ -19,10 +19,14 @@ set -euo pipefail
 # Slurm runs a copy from its spool; the job's record tells where the script was.
 here=$(dirname "$(realpath "$0")")
 if [[ ! -e $here/functions.sh ]]; then
-    here=$(scontrol show job "$SLURM_JOB_ID")
+    here=$(scontrol show job "${SLURM_JOB_ID:-none}") || true
     here=${here#*Command=}
     here=${here%%/lr_sweep.sh*}
 fi
+[[ -e $here/functions.sh ]] || {
+    echo "error: functions.sh is not found; keep this script's name and folder, lr_sweep.sh" >&2
+    exit 2
+}
 # shellcheck source=launch/functions.sh
 source "$here/functions.sh"
 
@@ -48,13 +52,15 @@ report() {
     sed -e 's/,/ | /g' -e 's/.*/| & |/' -e '1{p;s/[^|]\{1,\}/---/g}' "$folder/sweep.csv" \
         >"$folder/sweep.md"
     cat "$folder/sweep.md"
-    best=$(awk -F, '$2 == "finished" { loss = $6 == "" ? $5 : $6
+    best=$(awk -F, 'NR == 2 || NR > 1 && $1 + 0 < least { least = $1 + 0 }
+        NR == 2 || $1 + 0 > most { most = $1 + 0 }
+        $2 == "finished" { loss = $6 == "" ? $5 : $6
         if (loss != "" && (best == "" || loss + 0 < low)) { low = loss + 0; best = $1 } }
-        END { print best }' "$folder/sweep.csv")
+        END { if (best != "") print best, best + 0 == least || best + 0 == most ? "end" : "" }' \
+        "$folder/sweep.csv")
     [[ -n $best ]] || fail "no run has finished; their logs say why"
-    echo "lowest loss at $best: LR_FROM=$folder/lr-$best/launch/config.yaml"
-    [[ $best != "$1" && $best != "${!#}" ]] ||
-        echo "that is the end of the list: the best learning rate may lie beyond"
+    echo "lowest loss at ${best% *}: LR_FROM=$folder/lr-${best% *}/launch/config.yaml"
+    [[ $best != *end ]] || echo "that is the end of the list: the best learning rate may lie beyond"
 }
 
 # Run or submit the launch script for all rates, and the report after them.
@@ -64,6 +70,8 @@ sweep() {
     read -r -a rates <<<"${RATES:-}"
     ((${#rates[@]})) || fail "RATES is not set; give learning rates, e.g. RATES='0.004 0.008 0.016'"
     [[ -e $script ]] || fail "there is no launch script $script"
+    # As a job, this script is a small one: what it got must not limit the jobs that it submits.
+    unset SLURM_MEM_PER_CPU SLURM_MEM_PER_NODE SLURM_NTASKS_PER_NODE SLURM_CPUS_PER_TASK
     mkdir -p "$RUN_DIR"
     if ! type -P sbatch >/dev/null; then
         for rate in "${rates[@]}"; do

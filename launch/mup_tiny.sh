@@ -23,10 +23,14 @@ set -euo pipefail
 # Slurm runs a copy from its spool; the job's record tells where the script was.
 here=$(dirname "$(realpath "$0")")
 if [[ ! -e $here/run_functions.sh ]]; then
-    here=$(scontrol show job "$SLURM_JOB_ID")
+    here=$(scontrol show job "${SLURM_JOB_ID:-none}") || true
     here=${here#*Command=}
     here=${here%%/mup_tiny.sh*}
 fi
+[[ -e $here/run_functions.sh ]] || {
+    echo "error: run_functions.sh is not found; keep this script's name and folder, mup_tiny.sh" >&2
+    exit 2
+}
 # shellcheck source=launch/run_functions.sh
 source "$here/run_functions.sh"
 

@@ -25,10 +25,14 @@ here=$(dirname "$(realpath "$0")")
 is_batch_job=
 if [[ ! -e $here/functions.sh ]]; then
     is_batch_job=yes
-    here=$(scontrol show job "$SLURM_JOB_ID")
+    here=$(scontrol show job "${SLURM_JOB_ID:-none}") || true
     here=${here#*Command=}
     here=${here%%/preprocess.sh*}
 fi
+[[ -e $here/functions.sh ]] || {
+    echo "error: functions.sh is not found; keep this script's name and folder, preprocess.sh" >&2
+    exit 2
+}
 # shellcheck source=launch/functions.sh
 source "$here/functions.sh"
 

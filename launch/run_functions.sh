@@ -10,6 +10,7 @@
 #   LAUNCHER           srun (in a job) or torchrun; outside of a job torchrun is the only one
 #   GPUS_PER_NODE      processes of a node (the job's tasks of a node; outside of a job all GPUs)
 #   PREFLIGHT_SECONDS  longest wait for the nodes' checks (300); 0 leaves them out
+#   CONTROLLER_SECONDS between two tries to reach Slurm's controller at a requeue (30)
 
 # shellcheck source=launch/functions.sh
 source "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/functions.sh"
@@ -31,6 +32,7 @@ run_training() {
     fi
     load_site
     RUN_DIR=$(realpath --canonicalize-missing "${RUN_DIR:-runs/$name}")
+    check_limits
     settle_processes
     take_rate_of_sweep
     listen
@@ -50,12 +52,26 @@ submit_itself() {
     local config=$1
     shift
     load_site
+    check_limits
     if [[ -z ${LR:-}${LR_FROM:-}${SWEEP_RATES:-} && " $*" != *" lr="* && " $*" != *" optimizer.lr="* ]]; then
         grep --quiet '^  lr:' "$config" ||
             fail "no learning rate is given; set LR=number or LR_FROM=file (see docs/mup_10b.md)"
     fi
     SUBMIT='' sbatch ${JOB_OPTIONS[@]+"${JOB_OPTIONS[@]}"} "${SITE_OPTIONS[@]}" "$(realpath "$0")" \
         ${SCRIPT_ARGUMENTS[@]+"${SCRIPT_ARGUMENTS[@]}"} "$@"
+}
+
+# Refuse now what would end the run after training only.
+check_limits() {
+    local number='^(0|[1-9][0-9]{0,8})$'
+    [[ ${MAX_RESTARTS:-3} =~ $number ]] ||
+        fail "MAX_RESTARTS is $MAX_RESTARTS; set a number of restarts, e.g. MAX_RESTARTS=3"
+    [[ ${EXCLUDE_AFTER:-1} =~ $number && ${EXCLUDE_AFTER:-1} != 0 ]] ||
+        fail "EXCLUDE_AFTER is $EXCLUDE_AFTER; set 1 or more failures, or unset it to exclude no node"
+    [[ ${PREFLIGHT_SECONDS:-300} =~ $number ]] ||
+        fail "PREFLIGHT_SECONDS is $PREFLIGHT_SECONDS; set whole seconds, or 0 for no checks"
+    [[ ${CONTROLLER_SECONDS:-30} =~ $number ]] ||
+        fail "CONTROLLER_SECONDS is $CONTROLLER_SECONDS; set whole seconds"
 }
 
 # Sets LAUNCHER, NODES (names, with commas between), NODE_COUNT, PER_NODE, CPUS and ports.
@@ -68,7 +84,9 @@ settle_processes() {
         NODE_COUNT=$SLURM_JOB_NUM_NODES
         tasks=${SLURM_NTASKS_PER_NODE:-1}
         # Below the ports that Linux gives to outgoing connections; the next one is the preflight's.
-        PORT=$((10000 + 2 * (SLURM_JOB_ID % 10000)))
+        # Another one at each restart, should one be taken.
+        PORT=$((10000 + 2 * ((SLURM_JOB_ID + 101 * ${SLURM_RESTART_COUNT:-0}) % 10000)))
+        check_address
     elif type -P nvidia-smi >/dev/null; then
         tasks=$(nvidia-smi --list-gpus | wc -l)
     fi
@@ -79,12 +97,25 @@ settle_processes() {
     if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then
         CPUS=$((SLURM_CPUS_PER_TASK * tasks / PER_NODE))
         ((CPUS)) || CPUS=1
+        export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$CPUS}
     fi
     case $LAUNCHER in
         srun) in_job || fail "LAUNCHER=srun needs a Slurm job; use sbatch, or LAUNCHER=torchrun" ;;
         torchrun) find_torchrun ;;
         *) fail "LAUNCHER is $LAUNCHER; set srun or torchrun" ;;
     esac
+}
+
+# Ranks meet on the machine that calls srun; in an interactive allocation it may not be a node of it.
+check_address() {
+    local host
+    ! in_batch_script && [[ -z ${MASTER_ADDR:-} ]] || return 0
+    host=$(uname -n)
+    for host in "$host" "${host%%.*}" "${SLURMD_NODENAME:-}"; do
+        [[ ,$NODES, != *",$host,"* ]] || return 0
+    done
+    fail "$(uname -n) is not one of this allocation's nodes ($NODES), so the ranks cannot meet here;" \
+        "submit the script by sbatch, or set MASTER_ADDR=${NODES%%,*} in launch/env"
 }
 
 # Sets AGENT, the command line of torchrun, which lies beside megatron-mup if TORCHRUN is not set.
@@ -138,6 +169,7 @@ run_attempt() {
     lines=$("${COMMAND[@]}" launch begin --run-dir "$RUN_DIR" --config "$config" \
         --world-size "$((NODE_COUNT * PER_NODE))" ${LR:+--lr "$LR"} ${LR_FROM:+--lr-from "$LR_FROM"} \
         ${SLURM_JOB_ID:+--attempt-of "$SLURM_JOB_ID:${SLURM_RESTART_COUNT:-0}"} \
+        --max-restarts "${MAX_RESTARTS:-3}" \
         "checkpoint.save=\"$RUN_DIR/checkpoints\"" "checkpoint.load=\"$RUN_DIR/checkpoints\"" \
         "logging.metrics_path=\"$RUN_DIR/metrics.jsonl\"" \
         ${OWN_OPTIONS[@]+"${OWN_OPTIONS[@]}"} "$@") || exit
@@ -161,6 +193,8 @@ run_attempt() {
 restart_or_end() {
     local word nodes='' rest
     read -r word rest <<<"$decision"
+    # The code that the notes of the ranks tell, which is not always that of the step.
+    [[ ! $rest =~ (^|\ )exit\ ([0-9]+): ]] || code=${BASH_REMATCH[2]}
     case $word in
         finished)
             "${COMMAND[@]}" status "$RUN_DIR" || true
@@ -183,17 +217,27 @@ restart_or_end() {
 # Put this job back into the queue, and wait for Slurm to end this script. First argument: nodes
 # that the job shall not get again; a running job's list cannot be changed, that of a pending one can.
 requeue_job() {
-    local job record excluded=$1
+    local job record answer try excluded=$1
     job=$(own_job)
-    record=$(scontrol show job "$job")
-    # A job that was cancelled must not come back; one that Slurm requeued itself is pending.
-    if [[ $record != *"JobState=RUNNING"* ]]; then
-        record=${record#*JobState=}
-        echo "not requeued: the job is ${record%% *}" >&2
-        return
-    fi
-    signalled=''
-    (trap '' TERM && scontrol requeue "$job") || return 0
+    for try in {1..10}; do
+        if record=$(scontrol show job "$job"); then
+            # A job that was cancelled must not come back; one that Slurm requeued itself is pending.
+            if [[ $record != *"JobState=RUNNING"* ]]; then
+                record=${record#*JobState=}
+                echo "not requeued: the job is ${record%%[[:space:]]*}" >&2
+                return
+            fi
+            signalled=''
+            ! answer=$(trap '' TERM && scontrol requeue "$job" 2>&1) || break
+            echo "$answer" >&2
+            [[ ! ${answer,,} =~ disabled|denied ]] || return 0
+        fi
+        if ((try == 10)); then
+            echo "not requeued: Slurm's controller did not do it; submit the run again" >&2
+            return
+        fi
+        pause "${CONTROLLER_SECONDS:-30}"
+    done
     if [[ -n $excluded ]]; then
         record=${record#*ExcNodeList=}
         record=${record%%[[:space:]]*}
@@ -202,6 +246,11 @@ requeue_job() {
             echo "warning: $1 could not be excluded" >&2
     fi
     [[ -z $signalled ]] || return 0
-    sleep 60 &
-    wait $! || true
+    pause 60
+}
+
+# Wait for some seconds, or until a signal.
+pause() {
+    sleep "$1" &
+    wait $! || kill $! || true
 }

@@ -50,18 +50,21 @@ watch() {
     step=''
 }
 
-# In each rank: run a command; if it is the first of all to fail, note its code, node and rank.
-# Srun's own code is the largest of all ranks', those included that it killed; torchrun's is 1.
-note_first_failure() {
-    local file=$1 code=0
-    shift
+# In each rank: run a command; if it fails, leave the note of its end that megatron_mup.rank_outcomes
+# reads, unless it did so itself: of a rank that is killed there is no other word.
+note_failure() {
+    local code=0 now rank=${RANK:-${SLURM_PROCID:-0}} note
     # A signal comes to the command as well, and must not end this shell before it.
     trap : TERM USR1 INT
     "$@" || code=$?
-    if ((code)); then
-        # noclobber: one rank succeeds in making the file.
-        (set -C && echo "$code ${SLURMD_NODENAME:-$(uname -n)} ${RANK:-${SLURM_PROCID:-0}}" \
-            >"$file") 2>/dev/null || true
+    if ((code)) && [[ -n ${MEGATRON_MUP_OUTCOMES:-} ]]; then
+        note=$MEGATRON_MUP_OUTCOMES/rank-$(printf %05d "$rank").json
+        # Bash 4.4 has no EPOCHSECONDS.
+        printf -v now '%(%s)T' -1
+        # noclobber: what the command wrote itself says more.
+        (set -C && printf '{"rank":%d,"node":"%s","exit_code":%d,"reason":"%s","time":%d}\n' "$rank" \
+            "${SLURMD_NODENAME:-$(uname -n)}" "$code" "ended with $code" "$now" >"$note") 2>/dev/null ||
+            true
     fi
     exit "$code"
 }
@@ -73,11 +76,11 @@ with_address() {
     "$@"
 }
 
-# Run megatron-mup on all ranks and set `code`, that of the first rank to fail:
+# Run megatron-mup on all ranks and set `code`, that of the step: srun's is the largest of all ranks',
+# torchrun's is 1. In training, which USR1 ends, ranks leave notes.
 #   on_all_ranks SIGNAL PORT [option of srun ...] -- [argument of megatron-mup ...]
 on_all_ranks() {
     local signal=$1 options=() command tasks=$PER_NODE prologue meeting=(--standalone)
-    local first_failure=$RUN_DIR/launch/first-failure node rank
     export MASTER_PORT=$2
     shift 2
     while [[ $1 != -- ]]; do
@@ -85,8 +88,9 @@ on_all_ranks() {
         shift
     done
     shift
-    prologue=$(declare -f with_address note_first_failure)
-    command=(note_first_failure "$first_failure" "${RANK_COMMAND[@]}" "$@")
+    prologue=$(declare -f with_address note_failure)
+    command=("${RANK_COMMAND[@]}" "$@")
+    [[ $signal != USR1 ]] || command=(note_failure "${command[@]}")
     if [[ $LAUNCHER == torchrun ]]; then
         tasks=1
         ((NODE_COUNT == 1)) || meeting=(--nnodes "$NODE_COUNT" --master-port "$MASTER_PORT")
@@ -101,10 +105,5 @@ on_all_ranks() {
             "${CONTAINER[@]}" bash -c "$prologue; with_address \"\$@\"" step "${command[@]}")
     fi
     [[ $signal != TERM ]] || command=(timeout --kill-after=30 "$PREFLIGHT_SECONDS" "${command[@]}")
-    rm -f "$first_failure"
     watch "$signal" "${command[@]}"
-    if [[ -s $first_failure ]]; then
-        read -r code node rank <"$first_failure"
-        echo "the first to fail was rank $rank on $node, with exit code $code" >&2
-    fi
 }

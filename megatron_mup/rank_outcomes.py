@@ -15,6 +15,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from megatron_mup.secrets import mask_text, secret_values
+
 FOLDER_VARIABLE = "MEGATRON_MUP_OUTCOMES"
 """Environment variable with the folder of this attempt; without it nothing is written."""
 
@@ -61,7 +63,8 @@ def tell_outcome(rank: int, exit_code: int, reason: str) -> None:
         rank=rank,
         node=node_name(),
         exit_code=exit_code,
-        reason=reason[:_LONGEST_TEXT],
+        # Masked before it is cut: half a secret has no known form.
+        reason=mask_text(reason, secret_values(os.environ))[:_LONGEST_TEXT],
         time=time.time(),
     )
     target = Path(folder) / f"rank-{rank:05d}.json"

@@ -24,6 +24,7 @@ LAYERS = [
         "platform",
         "rank_outcomes",
         "revision",
+        "secrets",
     },
     {"parameterization"},
     {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -12,47 +11,10 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from megatron_mup.rank_outcomes import read_outcomes
+from tests.launch_machine import ROOT, Machine
+
 TRAINING = ["mup_10b", "mup_10b_4096", "mup_10b_adamw", "mup_proxy", "mup_tiny"]
-TOOLS = (
-    *("awk", "basename", "bash", "cat", "dirname", "env", "grep", "mkdir", "paste", "realpath"),
-    *("rm", "sed", "seq", "setsid", "sleep", "stat", "timeout", "uname", "wc"),
-)
-
-# Notes what it is asked, and the array that the environment asks for.
-SBATCH = """#!/bin/bash
-printf '%s\\n' "$@" "array=${SBATCH_ARRAY_INX:-}" "rates=${SWEEP_RATES:-}" '' >>"$FOLDER/jobs"
-echo "Submitted batch job $((10 + $(grep -c '^$' "$FOLDER/jobs")))"
-"""
-
-# Starts ranks as torchrun does: sessions of their own; its own exit code is 0 or 1.
-TORCHRUN = """#!/bin/bash
-while [[ $1 != --no-python ]]; do
-    [[ $1 != --nproc-per-node ]] || count=$2
-    shift
-done
-for rank in $(seq 0 $((count - 1))); do
-    RANK=$rank setsid --wait "${@:2}" &
-done
-code=0
-for rank in $(jobs -p); do wait "$rank" || code=1; done
-exit $code
-"""
-
-# Notes its calls; does in `train` what the test wrote, and decides from a list.
-COMMAND = """#!/bin/bash
-echo "${RANK:-} ${GIVEN:-} $*" >>"$FOLDER/calls"
-case "$1 $2" in
-    "launch begin")
-        [[ ! -e $FOLDER/mistake ]] || { cat "$FOLDER/mistake" >&2; exit 2; }
-        mkdir -p "$4/launch" && echo GIVEN=yes
-        ;;
-    "launch judge") [[ ! -e $FOLDER/bad_nodes ]] || exit 79 ;;
-    "launch decide") head -n 1 "$FOLDER/decisions" && sed -i 1d "$FOLDER/decisions" ;;
-    "train "*) source "$FOLDER/train" ;;
-    "status --json") cat "$3/status.json" ;;
-esac
-"""
 
 STATUS = """{{
  "state": "{state}",
@@ -68,65 +30,6 @@ STATUS = """{{
  }}
 }}
 """
-
-
-class Machine:
-    """A folder to launch from, and a checkout with a site's settings."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.work = folder, folder / "my work"
-        self.project = folder / "the project"
-        shutil.copytree(ROOT / "launch", self.project / "launch")
-        (self.project / "launch/env").unlink(missing_ok=True)
-        for each in (self.work, folder / "bin", folder / "tools"):
-            each.mkdir()
-        for name, text in {"sbatch": SBATCH, "torchrun": TORCHRUN, "megatron-mup": COMMAND}.items():
-            (folder / "bin" / name).write_text(text)
-            (folder / "bin" / name).chmod(0o755)
-        for name in (*TOOLS, "head"):
-            (folder / "tools" / name).symlink_to(str(shutil.which(name)))
-        (folder / "calls").touch()
-        self.decide("finished")
-        self.train("")
-        self.env = {
-            "PATH": f"{folder}/bin:{folder}/tools",
-            "FOLDER": str(folder),
-            "MEGATRON_MUP": f"{folder}/bin/megatron-mup",
-        }
-
-    def decide(self, *lines: str) -> None:
-        (self.folder / "decisions").write_text("".join(f"{line}\n" for line in lines))
-
-    def train(self, lines: str) -> None:
-        (self.folder / "train").write_text(lines)
-
-    def start(self, script: str, *arguments: str, **env: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            ["bash", self.project / f"launch/{script}.sh", *arguments],
-            cwd=self.work,
-            env=self.env | env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    def launch(self, script: str, *arguments: str, **env: str) -> tuple[int, str, str]:
-        process = self.start(script, *arguments, **env)
-        out, err = process.communicate(timeout=60)
-        return process.returncode, out, err
-
-    def here(self, *arguments: str, **env: str) -> tuple[int, str, str]:
-        settings = {"LAUNCHER": "torchrun", "GPUS_PER_NODE": "2", "LR": "0.5"}
-        return self.launch("mup_10b", *arguments, **settings, **env)
-
-    def calls(self, start: str = "") -> list[str]:
-        """What megatron-mup was called with, behind its rank and a variable of the attempt."""
-        lines = (self.folder / "calls").read_text().splitlines()
-        return [line for line in lines if line.split(" ", 2)[2].startswith(start)]
-
-    def jobs(self) -> list[list[str]]:
-        text = (self.folder / "jobs").read_text() if (self.folder / "jobs").exists() else ""
-        return [job.splitlines() for job in text.split("\n\n") if job]
 
 
 @pytest.fixture
@@ -160,8 +63,24 @@ def test_bash_submits_a_script_with_the_site_s_options_where_slurm_is(machine):
 
     assert (code, out) == (0, "Submitted batch job 11\n")
     script = str(machine.project / "launch/mup_10b.sh")
-    assert machine.jobs() == [["--partition=a b", script, "train_iters=9", "array=", "rates="]]
+    assert machine.jobs() == [
+        ["--partition=a b", script, "train_iters=9", "array=", "rates=", "memory="]
+    ]
     assert machine.calls() == []
+
+
+@pytest.mark.parametrize("script", [*TRAINING, "lr_sweep", "preprocess"])
+def test_a_script_under_another_name_says_so(machine, script):
+    (machine.project / f"launch/{script}.sh").rename(machine.work / "mine.sh")
+
+    done = subprocess.run(
+        ["bash", "mine.sh"], cwd=machine.work, env=machine.env, capture_output=True, text=True
+    )
+
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].endswith(
+        f"is not found; keep this script's name and folder, {script}.sh"
+    )
 
 
 def test_a_run_without_a_learning_rate_is_not_submitted(machine):
@@ -215,7 +134,7 @@ def test_a_run_here_is_checked_and_trained_on_all_ranks(machine):
     configs = f"{machine.project}/launch/configs"
     assert machine.calls("launch begin") == [
         f"  launch begin --run-dir {run} --config {configs}/mup_10b.yaml --world-size 2 --lr 0.5 "
-        f'checkpoint.save="{run}/checkpoints" checkpoint.load="{run}/checkpoints" '
+        f'--max-restarts 3 checkpoint.save="{run}/checkpoints" checkpoint.load="{run}/checkpoints" '
         f'logging.metrics_path="{run}/metrics.jsonl" train_iters=9'
     ]
     # Each rank, with the variable that "begin" printed.
@@ -242,20 +161,44 @@ def test_a_mistake_ends_the_script_before_any_rank_starts(machine):
 
 
 def test_a_run_is_started_again_until_it_is_decided_otherwise(machine):
-    machine.decide("requeue once", "resubmit n1,n2 twice", "stop it failed")
-    # The second rank is told of the first one's failure.
-    machine.train("if [[ $RANK == 0 ]]; then exit 3; fi; sleep 0.5; exit 76\n")
+    machine.decide("requeue once", "resubmit n1,n2 twice", "stop exit 3: it failed")
+    machine.train("exit 3\n")
 
-    code, out, err = machine.here(MAX_RESTARTS="5", EXCLUDE_AFTER="2", PREFLIGHT_SECONDS="0")
+    code, out, _ = machine.here(MAX_RESTARTS="5", EXCLUDE_AFTER="2", PREFLIGHT_SECONDS="0")
 
-    assert (code, out) == (3, "requeue once\nresubmit n1,n2 twice\nstop it failed\n")
-    assert err.count("the first to fail was rank 0 on ") == 3
+    # Torchrun says 1 whatever its ranks said; the decision knows.
+    assert code == 3
+    assert out == "requeue once\nresubmit n1,n2 twice\nstop exit 3: it failed\n"
     assert len(machine.calls("train")) == 6
     assert machine.calls("launch preflight") == []
     decided = machine.calls("launch decide")
     assert len(decided) == 3
     for call in decided:
-        assert call.endswith(" --exit-code 3 --max-restarts 5 --exclude-after 2")
+        assert call.endswith(" --exit-code 1 --max-restarts 5 --exclude-after 2")
+
+
+def test_a_rank_that_ends_without_a_word_gets_a_note_and_one_that_wrote_keeps_its_own(machine):
+    machine.decide("stop exit 137: it failed")
+    machine.train(
+        "[[ $RANK != 0 ]] || kill -KILL $$\n"
+        "if [[ $RANK == 1 ]]; then\n"
+        '    echo mine >"$MEGATRON_MUP_OUTCOMES/rank-00001.json"\n    exit 1\nfi\n'
+    )
+    before = int(time.time())
+
+    assert machine.here(RUN_DIR="a run", GPUS_PER_NODE="3")[0] == 137
+
+    folder = machine.work / "a run/launch/outcomes"
+    # The third rank and the checks ended well.
+    assert sorted(each.name for each in folder.iterdir()) == [
+        "rank-00000.json",
+        "rank-00001.json",
+    ]
+    (note,) = read_outcomes(folder)
+    assert before <= note.time <= time.time()
+    assert (note.rank, note.node, note.exit_code) == (0, os.uname().nodename, 137)
+    assert note.reason == "ended with 137"
+    assert (folder / "rank-00001.json").read_text() == "mine\n"
 
 
 def test_no_rank_starts_on_nodes_that_fail_their_checks(machine):
@@ -265,12 +208,14 @@ def test_no_rank_starts_on_nodes_that_fail_their_checks(machine):
     assert machine.here()[0] == 79
 
     assert machine.calls("train") == []
+    # Notes are of training alone.
+    assert list(machine.work.glob("runs/mup_10b/launch/outcomes/*")) == []
     assert "--exit-code 79" in machine.calls("launch decide")[0]
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])
 def test_a_signal_reaches_the_ranks_and_ends_the_run(machine, number):
-    machine.decide("requeue stopped in time", "finished")
+    machine.decide("requeue exit 75: stopped in time", "finished")
     machine.train(
         'trap \'echo "$RANK" >>"$FOLDER/saved"; exit 75\' USR1\n'
         'echo "$RANK" >>"$FOLDER/ready"\nwhile true; do sleep 0.1; done\n'
@@ -287,10 +232,10 @@ def test_a_signal_reaches_the_ranks_and_ends_the_run(machine, number):
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
 
-    assert (process.returncode, out) == (75, "requeue stopped in time\n"), err
+    assert (process.returncode, out) == (75, "requeue exit 75: stopped in time\n"), err
     assert err.endswith(f"stopped by {number.name}; the same command continues the run\n")
     assert sorted((machine.folder / "saved").read_text().split()) == ["0", "1"]
-    assert "--exit-code 75 --signalled" in machine.calls("launch decide")[0]
+    assert "--exit-code 1 --signalled" in machine.calls("launch decide")[0]
 
 
 @pytest.mark.parametrize(
@@ -299,6 +244,9 @@ def test_a_signal_reaches_the_ranks_and_ends_the_run(machine, number):
         ({"LAUNCHER": "srun"}, "LAUNCHER=srun needs a Slurm job"),
         ({"LAUNCHER": "mpirun"}, "LAUNCHER is mpirun; set srun or torchrun"),
         ({"LAUNCHER": "torchrun", "GPUS_PER_NODE": "0"}, "GPUS_PER_NODE is 0; set the number"),
+        ({"MAX_RESTARTS": "many"}, "MAX_RESTARTS is many; set a number"),
+        ({"EXCLUDE_AFTER": "0"}, "EXCLUDE_AFTER is 0; set 1 or more failures"),
+        ({"LAUNCHER": "torchrun", "PREFLIGHT_SECONDS": "5m"}, "PREFLIGHT_SECONDS is 5m; set whole"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(machine, settings, message):
@@ -306,7 +254,7 @@ def test_settings_that_cannot_be_are_refused(machine, settings, message):
 
     assert code == 2
     assert err.startswith(f"error: {message}")
-    assert machine.calls() == []
+    assert (machine.calls(), machine.jobs()) == ([], [])
 
 
 def test_a_command_of_several_words_needs_torchrun_to_be_found_inside_of_it(machine):
@@ -334,7 +282,8 @@ def test_a_sweep_is_an_array_and_a_table_after_it(machine):
     script = machine.project / "launch/mup_proxy.sh"
 
     code, out, _ = machine.launch(
-        "lr_sweep", str(script), "512", "train_iters=9", RATES="0.1 0.2 0.4", AT_ONCE="2"
+        *("lr_sweep", str(script), "512", "train_iters=9"),
+        **{"RATES": "0.1 0.2 0.4", "AT_ONCE": "2", "SLURM_MEM_PER_CPU": "2048"},
     )
 
     assert code == 0
@@ -343,9 +292,10 @@ def test_a_sweep_is_an_array_and_a_table_after_it(machine):
     options = ["--job-name=mup_proxy_512", "--nodes=1", str(script), "512", "train_iters=9"]
     report = ["--dependency=afterany:11", "--job-name=lr_sweep_report"]
     sweep = str(machine.project / "launch/lr_sweep.sh")
+    # The memory that this script itself has as a job is not passed on.
     assert machine.jobs() == [
-        [*options, "array=0-2%2", "rates=0.1 0.2 0.4"],
-        [*report, sweep, "report", runs, "0.1", "0.2", "0.4", "array=", "rates="],
+        [*options, "array=0-2%2", "rates=0.1 0.2 0.4", "memory="],
+        [*report, sweep, "report", runs, "0.1", "0.2", "0.4", "array=", "rates=", "memory="],
     ]
 
 
@@ -391,9 +341,14 @@ def test_a_sweep_whose_best_rate_is_the_last_says_so(machine):
         text = STATUS.format(state="finished", iteration=20, loss=loss)
         (machine.work / f"lr-{rate}/status.json").write_text(text)
 
-    code, out, _ = machine.launch("lr_sweep", "report", str(machine.work), "0.1", "0.2")
-
-    assert code == 0
-    assert "that is the end of the list" in out
+    # In whatever order they were given.
+    for rates in (["0.1", "0.2"], ["0.05", "0.2", "0.1"], ["0.4", "0.2"]):
+        code, out, _ = machine.launch("lr_sweep", "report", str(machine.work), *rates)
+        assert code == 0
+        assert "lowest loss at 0.2: " in out
+        assert "that is the end of the list" in out
+    _, out, _ = machine.launch("lr_sweep", "report", str(machine.work), "0.1", "0.4", "0.2")
+    assert "lowest loss at 0.2: " in out
+    assert "end of the list" not in out
     code, _, err = machine.launch("lr_sweep", "report", str(machine.work), "0.3")
     assert (code, err) == (2, "error: no run has finished; their logs say why\n")

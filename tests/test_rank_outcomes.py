@@ -34,6 +34,14 @@ def test_the_first_note_of_a_rank_stays(folder: Path) -> None:
     assert [note.reason for note in read_outcomes(folder)] == ["first"]
 
 
+def test_a_note_holds_no_secret(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "d41d8cd98f00b204e9800998ecf8427e00000000")
+    tell_outcome(0, 1, "cannot log in with d41d8cd98f00b204e9800998ecf8427e00000000")
+    (path,) = folder.iterdir()
+    assert "d41d8cd98f00" not in path.read_text()
+    assert read_outcomes(folder)[0].reason.startswith("cannot log in with ")
+
+
 def test_nothing_is_written_unless_a_launcher_asks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

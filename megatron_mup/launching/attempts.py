@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +108,30 @@ def _event(line: bytes) -> Event | None:
 def beginnings(events: Iterable[Event]) -> list[Event]:
     """The attempts' beginnings, oldest first."""
     return [event for event in events if event["event"] == BEGIN]
+
+
+def beginnings_without_progress(events: Sequence[Event], iteration: int | None) -> list[Event]:
+    """Beginnings in a row, newest first, at the checkpoint that is still the newest.
+
+    Args:
+        events: of the run.
+        iteration: of the newest whole checkpoint now.
+    """
+    newest = -1 if iteration is None else iteration
+    found = []
+    for event in reversed(beginnings(events)):
+        begun_at = event.get("iteration")
+        if newest > (begun_at if isinstance(begun_at, int) else -1):
+            break
+        found.append(event)
+    return found
+
+
+def signalled_attempts(events: Iterable[Event]) -> set[int]:
+    """Attempts whose batch script was told to end: a time limit, a preemption."""
+    return {
+        event["attempt"] for event in events if event["event"] == DECIDE and event.get("signalled")
+    }
 
 
 def current_attempt(folder: RunFolder, named: int | None) -> int:

@@ -24,14 +24,16 @@ from megatron_mup.config_io import (
     read_sections,
 )
 from megatron_mup.data.publication import publish_text
-from megatron_mup.errors import ConfigError
+from megatron_mup.errors import ConfigError, MupError
 from megatron_mup.launching.attempts import (
     BEGIN,
     Event,
     append_event,
     beginnings,
+    beginnings_without_progress,
     claim_attempt,
     read_events,
+    signalled_attempts,
 )
 from megatron_mup.launching.learning_rate import (
     LR,
@@ -45,6 +47,7 @@ from megatron_mup.launching.snapshot import SnapshotSource, take_snapshot
 from megatron_mup.launching.source_code import find_source_code, scheduled_job
 from megatron_mup.rank_outcomes import node_name
 from megatron_mup.revision import revision
+from megatron_mup.secrets import mask_data, secret_values
 
 Say = Callable[[str], None]
 
@@ -61,6 +64,8 @@ class BeginRequest:
         lr_from: file with the peak learning rate.
         job: scheduler's id of the job; None without one.
         restart: how often that job was started again.
+        max_restarts: starts in a row of that job that may leave no newer checkpoint, before another
+            one is refused; None: any number.
         overrides: ``key=value``.
     """
 
@@ -71,7 +76,14 @@ class BeginRequest:
     lr_from: Path | None = None
     job: str | None = None
     restart: int = 0
+    max_restarts: int | None = None
     overrides: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        if self.max_restarts is not None and self.max_restarts < 0:
+            raise ConfigError(
+                f"--max-restarts is {self.max_restarts}; it must not be negative (MAX_RESTARTS)"
+            )
 
 
 def parse_attempt_of(text: str | None) -> tuple[str | None, int]:
@@ -103,11 +115,11 @@ def begin(request: BeginRequest, environment: Mapping[str, str], say: Say) -> di
         MupError: what training would refuse, or a missing learning rate.
     """
     folder = RunFolder(request.run_dir.absolute())
-    sections = read_sections(request.config)
-    rate = choose_learning_rate(sections, request.overrides, lr=request.lr, lr_from=request.lr_from)
-    asked = _resolved(request, folder, sections, rate)
     events = read_events(folder)
-    run = _settled(asked, folder, _same_job(request, events), say)
+    requeued = _same_job(request, events)
+    if requeued:
+        _refuse_endless_starts(request, folder, events)
+    run, rate = _chosen(request, folder, requeued=requeued, say=say)
     run = _continued(run, folder, say)
     for line in rule_warnings(run, rate) if rate is not None else []:
         say(f"warning: {line}")
@@ -124,7 +136,7 @@ def begin(request: BeginRequest, environment: Mapping[str, str], say: Say) -> di
         BEGIN,
         attempt,
         **_facts(request, folder, environment),
-        **_origin_of_rate(run, rate, events),
+        **mask_data(_origin_of_rate(run, rate, events), secret_values(environment)),
         snapshot=snapshot,
     )
     return variables
@@ -157,7 +169,8 @@ def _snapshot(
     source = SnapshotSource(
         run=run,
         config_text=text,
-        given=request.config,
+        # A requeued job goes on without the file that it began with.
+        given=request.config if request.config.is_file() else folder.config,
         code=find_source_code(),
         environment=environment,
         script=script,
@@ -196,6 +209,56 @@ def _resolved(
     save = given[-1].partition("=")[2] if given else filled["checkpoint"]["save"]
     with_default("checkpoint", "load", save)
     return config_from_dict(filled, overrides, origin=str(request.config))
+
+
+def _chosen(
+    request: BeginRequest, folder: RunFolder, *, requeued: bool, say: Say
+) -> tuple[RunConfig, LearningRate | None]:
+    """What the attempt runs, and the rate that the command line gave, if that counts.
+
+    Raises:
+        MupError: the files or options are wrong, and nothing is there to go on with.
+    """
+    try:
+        sections = read_sections(request.config)
+        rate = choose_learning_rate(
+            sections, request.overrides, lr=request.lr, lr_from=request.lr_from
+        )
+        asked = _resolved(request, folder, sections, rate)
+    except MupError as error:
+        if not requeued or not folder.config.is_file():
+            raise
+        say(f"warning: {error}; the requeued job keeps what it began with")
+        return load_config(folder.config), None
+    return _settled(asked, folder, requeued, say), rate
+
+
+def _refuse_endless_starts(
+    request: BeginRequest, folder: RunFolder, events: Sequence[Event]
+) -> None:
+    """Refuse another start of a job whose starts lead nowhere.
+
+    ``decide`` counts as well, but not where the scheduler requeues a job whose own node has died.
+
+    Raises:
+        ConfigError: the job began too often at the checkpoint that is still the newest.
+    """
+    if request.max_restarts is None:
+        return
+    iteration = folder.newest_checkpoint()
+    told_to_end = signalled_attempts(events)
+    idle = [
+        event
+        for event in beginnings_without_progress(events, iteration)
+        if event.get("job") == request.job and event["attempt"] not in told_to_end
+    ]
+    if len(idle) > request.max_restarts:
+        reached = "no checkpoint" if iteration is None else f"none after iteration {iteration}"
+        raise ConfigError(
+            f"job {request.job} was started {len(idle)} times in a row and left {reached}; "
+            f"--max-restarts (MAX_RESTARTS) allows {request.max_restarts} restarts: mend what the "
+            "logs of these attempts show, and submit a new job, which continues the run"
+        )
 
 
 def _same_job(request: BeginRequest, events: Sequence[Event]) -> bool:

@@ -37,6 +37,12 @@ def begin_command(
     attempt_of: Annotated[
         str | None, typer.Option("--attempt-of", help="JOBID:RESTART of the scheduler.")
     ] = None,
+    max_restarts: Annotated[
+        int | None,
+        typer.Option(
+            "--max-restarts", help="Starts in a row of one job without a newer checkpoint."
+        ),
+    ] = None,
 ) -> None:
     """Check a run, open an attempt in its folder, and print the variables of the ranks."""
     from megatron_mup.launching.beginning import BeginRequest, begin, parse_attempt_of
@@ -50,6 +56,7 @@ def begin_command(
         lr_from=lr_from,
         job=job,
         restart=restart,
+        max_restarts=max_restarts,
         overrides=tuple(overrides or ()),
     )
     for name, value in begin(request, os.environ, _say).items():
@@ -132,6 +139,8 @@ def decide_command(
         exit_code,
         signalled=signalled,
         limits=Limits(max_restarts=max_restarts, exclude_after=exclude_after),
+        environment=os.environ,
+        say=_say,
     )
     typer.echo(decision.line)
 

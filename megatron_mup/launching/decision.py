@@ -1,16 +1,18 @@
 """``launch decide``: after an attempt, whether the run is started again, and on which nodes.
 
 One rule for all: what another start can mend is started again, up to N starts in a row that leave
-no newer checkpoint. The job's one exit code is that of some rank; the notes that ranks leave
-(``rank_outcomes``) say which failed first, and on which node. Must not import torch or megatron.
+no newer checkpoint. The job's one exit code is that of some rank; the notes that ranks leave, or
+the shells around them for ranks that were killed (``rank_outcomes``), say which failed first, and
+on which node. Must not import torch or megatron.
 """
 
 from __future__ import annotations
 
 import re
+import signal
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megatron_mup import exit_codes
@@ -19,12 +21,13 @@ from megatron_mup.launching.attempts import (
     JUDGE,
     Event,
     append_event,
-    beginnings,
+    beginnings_without_progress,
     read_events,
+    signalled_attempts,
 )
-from megatron_mup.launching.preflight_report import read_reports
 from megatron_mup.launching.run_folder import RunFolder
 from megatron_mup.rank_outcomes import RankOutcome, read_outcomes
+from megatron_mup.secrets import mask_text, secret_values
 
 FINISHED, STOP, REQUEUE, RESUBMIT = "finished", "stop", "requeue", "resubmit"
 
@@ -55,6 +58,37 @@ _MACHINE_FAULT = re.compile(
 """Phrases of CUDA, NCCL and the kernel that tell of a machine and not of the program (assumption:
 the list is ours)."""
 
+_PORT_TAKEN = re.compile(r"address already in use|EADDRINUSE", re.IGNORECASE)
+"""Another process had the port: nobody's fault, and gone at the next start."""
+
+_ABORTED, _TERMINATED = 128 + signal.SIGABRT, 128 + signal.SIGTERM
+_FOLLOWING = (
+    exit_codes.LOST_PEERS,
+    exit_codes.STOPPED_SAVED,
+    exit_codes.STOPPED_UNSAVED,
+    _ABORTED,
+    _TERMINATED,
+)
+"""Codes of a rank that ends because of another one or of the launcher, the most telling first:
+NCCL's watchdog aborts those that wait, torchrun terminates those that are left."""
+
+_CRASHED = tuple(
+    128 + number
+    for number in (signal.SIGILL, signal.SIGBUS, signal.SIGFPE, signal.SIGKILL, signal.SIGSEGV)
+)
+"""Codes of a rank that its machine ended: no memory, broken memory, a device that is gone."""
+
+_CLOCKS_SECONDS = 2.0
+"""Times of two nodes' notes may be wrong by so much: the preflight's limit for clocks (ours), and
+the shells' notes count whole seconds."""
+
+SIGNALLED_FACTOR = 10
+"""Ends after a signal are no failures, but ``max_restarts`` times as many in a row without progress
+are a time limit shorter than the start (ours)."""
+
+_UNSTARTED = 1
+"""What srun and torchrun say for a step that they could not start; a rank's own 1 has a note."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
@@ -77,6 +111,16 @@ class Decision:
         """What the launch script reads: the action, nodes of a resubmission, the reason."""
         parts = [self.action, *([",".join(self.excluded)] if self.action == RESUBMIT else [])]
         return " ".join([*parts, self.reason]).strip()
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the list of attempts remembers."""
+        return {
+            "decision": self.action,
+            "reason": self.reason,
+            "charged": list(self.charged),
+            "excluded": list(self.excluded),
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +146,6 @@ class Ended:
         signalled: whether the batch script was told to end.
         outcomes: notes of ranks, earliest first.
         iteration: of the newest whole checkpoint now.
-        nodes: node of each rank, as far as the preflight saw them.
     """
 
     attempt: int
@@ -110,42 +153,54 @@ class Ended:
     signalled: bool = False
     outcomes: Sequence[RankOutcome] = field(default=())
     iteration: int | None = None
-    nodes: Mapping[int, str] = field(default_factory=dict)
-
-    @property
-    def silent_nodes(self) -> set[str]:
-        """Nodes of ranks that left no note though others did, because they were killed."""
-        if not self.outcomes:
-            return set()
-        noted = {outcome.rank for outcome in self.outcomes}
-        return {node for rank, node in self.nodes.items() if rank not in noted}
 
     @property
     def first_failure(self) -> RankOutcome | None:
-        """The first note of a rank that failed by itself, and not because another one did."""
-        follows = (exit_codes.LOST_PEERS, exit_codes.STOPPED_SAVED, exit_codes.STOPPED_UNSAVED)
-        own = [outcome for outcome in self.outcomes if outcome.exit_code not in follows]
-        return own[0] if own else None
+        """The first note of a rank that failed by itself, and not because another one did.
+
+        A crash within the clocks' error of it was the first: peers often see it as their own error.
+        """
+        own = [outcome for outcome in self.outcomes if outcome.exit_code not in _FOLLOWING]
+        if not own:
+            return None
+        limit = own[0].time + _CLOCKS_SECONDS
+        crashes = [note for note in own if note.exit_code in _CRASHED and note.time <= limit]
+        return crashes[0] if crashes else own[0]
 
     @property
     def code(self) -> int:
         """The code that says most: srun gives the highest one, torchrun always 1."""
         if self.exit_code in (0, exit_codes.BAD_NODES):
             return self.exit_code
+        codes = {outcome.exit_code for outcome in self.outcomes}
+        if self.signalled and exit_codes.STOPPED_SAVED in codes:
+            # The checkpoint is whole, whatever went wrong while the ranks took leave.
+            return exit_codes.STOPPED_SAVED
         first = self.first_failure
         if first is not None:
             return first.exit_code
-        codes = {outcome.exit_code for outcome in self.outcomes}
-        for code in (exit_codes.LOST_PEERS, exit_codes.STOPPED_SAVED, exit_codes.STOPPED_UNSAVED):
-            if code in codes:
-                return code
-        return self.exit_code
+        if not codes and self.exit_code == _UNSTARTED:
+            return exit_codes.LOST_PEERS
+        return next((code for code in _FOLLOWING if code in codes), self.exit_code)
 
     @property
     def machine_fault(self) -> bool:
         """Whether the first failure reads like one of a machine, whatever its code."""
+        return self._first_reads_like(_MACHINE_FAULT)
+
+    @property
+    def port_taken(self) -> bool:
+        """Whether the first failure was that another process had the port."""
+        return self._first_reads_like(_PORT_TAKEN)
+
+    @property
+    def crashed(self) -> bool:
+        """Whether its machine ended the first rank that failed, and not the scheduler."""
+        return self.code in _CRASHED and self.first_failure is not None and not self.signalled
+
+    def _first_reads_like(self, phrases: re.Pattern[str]) -> bool:
         first = self.first_failure
-        return first is not None and _MACHINE_FAULT.search(first.reason) is not None
+        return first is not None and phrases.search(first.reason) is not None
 
 
 def decide(ended: Ended, events: Sequence[Event], limits: Limits) -> Decision:
@@ -164,12 +219,12 @@ def decide(ended: Ended, events: Sequence[Event], limits: Limits) -> Decision:
         return Decision(action=FINISHED)
     cause = _cause(ended)
     charged = _charged_nodes(ended, events)
-    if code in _FINAL and not ended.machine_fault:
+    if code in _FINAL and not ended.machine_fault and not ended.port_taken:
         return Decision(action=STOP, reason=cause, charged=charged)
-    idle = _starts_without_progress(events, ended.iteration)
-    if idle > limits.max_restarts:
+    idle = _too_many_starts(ended, events, limits.max_restarts)
+    if idle is not None:
         reached = "no checkpoint" if ended.iteration is None else f"iteration {ended.iteration}"
-        reason = f"{cause}; {idle} starts in a row left no checkpoint after {reached}"
+        reason = f"{cause}; {idle} in a row left no checkpoint after {reached}"
         return Decision(action=STOP, reason=reason, charged=charged)
     excluded = _nodes_to_avoid(events, charged, limits.exclude_after)
     new = [node for node in excluded if node not in _excluded_before(events)]
@@ -186,8 +241,12 @@ def decide_and_record(
     *,
     signalled: bool,
     limits: Limits,
+    environment: Mapping[str, str],
+    say: Callable[[str], None],
 ) -> Decision:
     """Judge an attempt's end by the run folder, and remember the decision there.
+
+    A disk that takes no more lines must not keep the run from being started again.
 
     Args:
         folder: of the run.
@@ -195,30 +254,28 @@ def decide_and_record(
         exit_code: of the job step; 128 + signal for one that was killed.
         signalled: whether the batch script was told to end.
         limits: of the user.
+        environment: of the batch script, whose secrets the ranks may have named.
+        say: receives warnings.
     """
     ended = Ended(
         attempt=attempt,
         exit_code=exit_code,
         signalled=signalled,
-        outcomes=read_outcomes(folder.outcomes(attempt)),
+        outcomes=_masked(read_outcomes(folder.outcomes(attempt)), environment),
         iteration=folder.newest_checkpoint(),
-        nodes={report.rank: report.node for report in read_reports(folder.preflight(attempt))},
     )
-    events = read_events(folder)
-    decision = decide(ended, events, limits)
-    append_event(
-        folder,
-        DECIDE,
-        attempt,
-        exit_code=exit_code,
-        signalled=signalled,
-        iteration=ended.iteration,
-        decision=decision.action,
-        reason=decision.reason,
-        charged=list(decision.charged),
-        excluded=list(decision.excluded),
-    )
+    decision = decide(ended, read_events(folder), limits)
+    seen = {"exit_code": exit_code, "signalled": signalled, "iteration": ended.iteration}
+    try:
+        append_event(folder, DECIDE, attempt, **seen, **decision.facts)
+    except OSError as error:
+        say(f"warning: cannot note the decision in {folder.attempts}: {error.strerror or error}")
     return decision
+
+
+def _masked(outcomes: Sequence[RankOutcome], environment: Mapping[str, str]) -> list[RankOutcome]:
+    values = secret_values(environment)
+    return [replace(note, reason=mask_text(note.reason, values)) for note in outcomes]
 
 
 def _cause(ended: Ended) -> str:
@@ -227,8 +284,12 @@ def _cause(ended: Ended) -> str:
     words = {**_FINAL, **_AGAIN}.get(code)
     if words is None:
         words = f"killed by signal {code - 128}" if code > 128 else "no known code"
+    if not ended.outcomes and ended.exit_code == _UNSTARTED:
+        words = "the ranks could not be started, or not be watched"
     if ended.machine_fault:
         words = "a machine failed"
+    if ended.port_taken:
+        words = "another process had the port"
     cause = f"exit {code}: {words}"
     if ended.exit_code != code:
         cause += f" (the job step said {ended.exit_code})"
@@ -240,32 +301,26 @@ def _cause(ended: Ended) -> str:
     return " ".join(cause.split())
 
 
-def _starts_without_progress(events: Sequence[Event], iteration: int | None) -> int:
-    """Starts in a row, up to now, that began at the checkpoint that is still the newest."""
-    idle = 0
-    for event in reversed(beginnings(events)):
-        if (iteration if iteration is not None else -1) > _begun_at(event):
-            break
-        idle += 1
-    return idle
-
-
-def _begun_at(event: Event) -> int:
-    iteration = event.get("iteration")
-    return iteration if isinstance(iteration, int) else -1
+def _too_many_starts(ended: Ended, events: Sequence[Event], allowed: int) -> str | None:
+    """How many starts in a row left no newer checkpoint, in words, if that is too many."""
+    begun = [event["attempt"] for event in beginnings_without_progress(events, ended.iteration)]
+    told_to_end = signalled_attempts(events) | ({ended.attempt} if ended.signalled else set())
+    signalled = sum(attempt in told_to_end for attempt in begun)
+    failed = len(begun) - signalled
+    if failed > allowed:
+        return f"{failed} starts"
+    if signalled > SIGNALLED_FACTOR * allowed:
+        return f"{signalled} starts that a signal ended"
+    return None
 
 
 def _charged_nodes(ended: Ended, events: Sequence[Event]) -> tuple[str, ...]:
     """Nodes that the failure of this attempt counts against; none if nobody can tell."""
     if ended.exit_code == exit_codes.BAD_NODES:
         return tuple(sorted(_judged_bad(events, ended.attempt)))
-    first, silent = ended.first_failure, ended.silent_nodes
-    if first is None:
-        # All who could say something lost another rank, so it is on the one node that is silent.
-        lost = ended.code == exit_codes.LOST_PEERS
-        return tuple(silent) if lost and len(silent) == 1 else ()
+    first = ended.first_failure
     # Any other failure of a rank's own is the program's, on whatever node it shows first.
-    return (first.node,) if ended.machine_fault else ()
+    return (first.node,) if first is not None and (ended.machine_fault or ended.crashed) else ()
 
 
 def _judged_bad(events: Sequence[Event], attempt: int) -> dict[str, Any]:

@@ -1,18 +1,28 @@
 """What a run folder remembers of its attempts, for ``megatron-mup status``.
 
-Files may hold anything: what is not as expected is left out. Must not import torch or megatron.
+Files may hold anything: what is not as expected is left out. Where a second job began on the folder
+of one that trains, the run is that of the job which holds the lease. Must not import torch or
+megatron.
 """
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_mup.config import FaultConfig
+from megatron_mup.config_io import read_sections
 from megatron_mup.errors import MupError
 from megatron_mup.launching.attempts import DECIDE, JUDGE, Event, beginnings, read_events
 from megatron_mup.launching.run_folder import RunFolder
+from megatron_mup.status import read_json
+
+# Spelled here as in checkpoint.lease, whose package brings torch, and seconds, with it.
+_LEASE = "lease.json"
+_LARGEST_LEASE_BYTES = 64 * 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +39,7 @@ class LaunchHistory:
         snapshot: newest snapshot, below ``launch``.
         lr: peak learning rate.
         lr_source: where that comes from.
+        others: attempts of other jobs than the one that trains, in words.
     """
 
     save_folder: Path
@@ -40,6 +51,7 @@ class LaunchHistory:
     snapshot: str | None
     lr: float | None
     lr_source: str | None
+    others: tuple[str, ...] = ()
 
     @property
     def lines(self) -> list[str]:
@@ -48,6 +60,7 @@ class LaunchHistory:
         lines = [f"attempt {self.attempts:,}, {restarts:,} restarts"]
         if self.decision is not None:
             lines[0] += f"; last decision: {self.decision}"
+        lines += self.others
         if self.lr is not None:
             lines.append(f"learning rate {self.lr:g} by {self.lr_source or 'unknown'}")
         if self.failures:
@@ -79,43 +92,71 @@ def find_history(folder: Path) -> LaunchHistory | None:
             save = run.save_folder
             # The parent's run may save elsewhere, and then this folder is not of it.
             if beginnings(events) and (root == folder or save.resolve() == folder.resolve()):
-                return _history(save, events)
+                return _history(save, events, _owning_job(run))
         except (MupError, OSError):
             continue
     return None
 
 
-def _history(save: Path, events: list[Event]) -> LaunchHistory:
+def _owning_job(run: RunFolder) -> str | None:
+    """The scheduler's id of the job that holds the save folder; None if none does for sure."""
+    lease = run.save_folder / _LEASE
+    try:
+        age = time.time() - lease.stat().st_mtime
+        job = read_json(lease, _LARGEST_LEASE_BYTES).get("job_id")
+        section = read_sections(run.config).get("faults") if run.config.is_file() else None
+    except (OSError, ValueError):
+        return None
+    limit = (section or {}).get("lease_timeout_seconds")
+    if not isinstance(limit, int | float):
+        limit = FaultConfig().lease_timeout_seconds
+    return _text(job) if age <= limit else None
+
+
+def _history(save: Path, events: list[Event], owner: str | None) -> LaunchHistory:
     begun = beginnings(events)
-    last = begun[-1]
+    owned = [event for event in begun if owner is not None and event.get("job") == owner]
+    last = (owned or begun)[-1]
+    others = begun[begun.index(last) + 1 :]
+    strange = {event["attempt"] for event in others}
     decided = [event for event in events if event["event"] == DECIDE]
     failures: Counter[str] = Counter()
     excluded: set[str] = set()
     for event in decided:
         failures.update(_texts(event.get("charged")))
         excluded.update(_texts(event.get("excluded")))
-    decision, problems = None, []
-    if decided:
-        end = decided[-1]
-        decision = " ".join(f"{end.get('decision')} {end.get('reason') or ''}".split())
-        if end.get("decision") == "stop" and end["attempt"] >= last["attempt"]:
-            problems.append(f"the launch script gave up: {end.get('reason')}")
-    judged = [event for event in events if event["event"] == JUDGE]
-    if judged and judged[-1]["attempt"] == last["attempt"]:
-        bad = judged[-1].get("bad_nodes")
-        bad = bad if isinstance(bad, dict) else {}
-        problems += [f"node {node} failed the preflight: {reason}" for node, reason in bad.items()]
+    ends = [event for event in decided if event["attempt"] not in strange]
     return LaunchHistory(
         save_folder=save,
-        problems=tuple(problems),
+        problems=tuple(_problems(events, last["attempt"], ends)),
         attempts=len(begun),
-        decision=decision,
+        decision=_words(ends[-1]) if ends else None,
         failures=dict(sorted(failures.items())),
         excluded=tuple(sorted(excluded)),
         snapshot=_text(last.get("snapshot")),
         lr=last["lr"] if isinstance(last.get("lr"), int | float) else None,
         lr_source=_text(last.get("lr_source")),
+        others=tuple(
+            f"attempt {event['attempt']:,}, of job {event.get('job')}, does not train: job {owner} "
+            "holds the folder"
+            for event in others
+        ),
     )
+
+
+def _problems(events: list[Event], attempt: int, ends: list[Event]) -> list[str]:
+    """What has to be mended after the latest attempt of the run."""
+    problems = []
+    if ends and ends[-1].get("decision") == "stop" and ends[-1]["attempt"] >= attempt:
+        problems.append(f"the launch script gave up: {ends[-1].get('reason')}")
+    judged = [event for event in events if event["event"] == JUDGE and event["attempt"] == attempt]
+    bad = judged[-1].get("bad_nodes") if judged else None
+    bad = bad if isinstance(bad, dict) else {}
+    return problems + [f"node {node} failed the preflight: {text}" for node, text in bad.items()]
+
+
+def _words(end: Event) -> str:
+    return " ".join(f"{end.get('decision')} {end.get('reason') or ''}".split())
 
 
 def _text(value: object) -> str | None:

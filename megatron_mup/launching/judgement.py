@@ -2,7 +2,8 @@
 
 A node that says itself what is wrong is to blame, and so is one whose processes never reported or
 stayed behind the others. Nodes that only wait for such a node are not. What is wrong on every node
-in the same way is no node's fault. Must not import torch or megatron.
+in the same way is no node's fault, nor is it where most of them are late. Must not import torch or
+megatron.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ _WAITING = {
     Stage.CHECKED: "it did not meet the other ranks",
     Stage.JOINED: "the all-reduce did not end",
 }
+
+_SHARED = frozenset({"checkpoint disk", "data"})
+"""Checks of what all nodes share: a job of one node cannot tell its own fault there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,18 +79,15 @@ def judge(reports: Sequence[PreflightReport], nodes: Sequence[str], tasks_per_no
     for table in (_odd_versions(by_node), _odd_data(by_node)):
         for node, reasons in table.items():
             said[node] = [*said[node], *reasons]
-    everywhere = _on_every_node(said) if len(by_node) > 1 else []
+    everywhere = _on_every_node(said)
     common = {_check_of(reason) for reason in everywhere}
     bad = {
         node: [reason for reason in reasons if _check_of(reason) not in common]
         for node, reasons in said.items()
     }
-    for node, found in by_node.items():
-        bad[node] += _absent(found, tasks_per_node)
-    if not everywhere and not any(bad.values()):
-        bad, stuck = _behind(by_node, bad)
-    else:
-        stuck = None
+    late, stuck = _late(by_node, tasks_per_node, waited_for=bool(everywhere) or any(bad.values()))
+    for node, reasons in late.items():
+        bad[node] += reasons
     first = [report for report in reports if report.rank == 0]
     return Verdict(
         bad_nodes={node: tuple(reasons) for node, reasons in bad.items() if reasons},
@@ -131,6 +132,40 @@ def _own_failures(found: Sequence[PreflightReport]) -> list[str]:
     return list(dict.fromkeys(reasons))
 
 
+def _late(
+    by_node: Mapping[str, Sequence[PreflightReport]], tasks: int, *, waited_for: bool
+) -> tuple[dict[str, list[str]], str | None]:
+    """Blame the nodes that never reported or stayed behind the others, if those are few.
+
+    Args:
+        by_node: reports of each node.
+        tasks: processes on each.
+        waited_for: whether something else is wrong, so that the others could not go on.
+
+    Returns:
+        Node -> reasons, and why nobody is blamed although the checks did not end.
+    """
+    late = {node: found for node, said in by_node.items() if (found := _absent(said, tasks))}
+    stuck = None
+    blamed = dict(late)
+    if late:
+        # They count, but whether the node or what it waits for is slow cannot be told.
+        late |= {node: [] for node in by_node if node not in late and _is_starting(by_node[node])}
+    elif not waited_for:
+        late, stuck = _behind(by_node)
+        blamed = late
+    if len(late) > max(1, len(by_node) / 2):
+        return {}, (
+            f"{len(late)} of {len(by_node)} nodes did not report in time: the file system, the "
+            "container or PREFLIGHT_SECONDS"
+        )
+    return blamed, stuck
+
+
+def _is_starting(found: Sequence[PreflightReport]) -> bool:
+    return any(report.stage is Stage.STARTED for report in found)
+
+
 def _absent(found: Sequence[PreflightReport], tasks: int) -> list[str]:
     missing = tasks - len(found)
     if missing <= 0:
@@ -141,21 +176,17 @@ def _absent(found: Sequence[PreflightReport], tasks: int) -> list[str]:
 
 
 def _behind(
-    by_node: Mapping[str, Sequence[PreflightReport]], bad: dict[str, list[str]]
+    by_node: Mapping[str, Sequence[PreflightReport]],
 ) -> tuple[dict[str, list[str]], str | None]:
-    """Blame the nodes that stayed behind the others, if some did."""
+    """The nodes that stayed behind the others, or why nobody stands out."""
     reached = {node: min(report.stage for report in found) for node, found in by_node.items()}
     last, first = max(reached.values()), min(reached.values())
     if first is Stage.DONE:
-        return bad, None
+        return {}, None
     if first == last:
         where = ", ".join(reached)
-        return bad, f"{where}: {_WAITING[first]} on any node; none of them stands out"
-    blamed = {
-        node: [*bad[node], _WAITING[stage]] if stage == first else bad[node]
-        for node, stage in reached.items()
-    }
-    return blamed, None
+        return {}, f"{where}: {_WAITING[first]} on any node; none of them stands out"
+    return {node: [_WAITING[first]] for node, stage in reached.items() if stage == first}, None
 
 
 def _majority(values: Mapping[str, str], by_node: Mapping[str, Sequence[PreflightReport]]) -> str:
@@ -202,7 +233,7 @@ def _odd_data(by_node: Mapping[str, Sequence[PreflightReport]]) -> dict[str, lis
 def _on_every_node(said: Mapping[str, Sequence[str]]) -> list[str]:
     """The first node's reasons whose check fails on every node; numbers in them may differ."""
     checks = [{_check_of(reason) for reason in reasons} for reasons in said.values()]
-    common = set.intersection(*checks)
+    common = set.intersection(*checks, *([_SHARED] if len(checks) == 1 else []))
     return [reason for reason in next(iter(said.values())) if _check_of(reason) in common]
 
 

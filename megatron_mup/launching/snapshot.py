@@ -35,15 +35,15 @@ from megatron_mup.data.publication import sync_folder
 from megatron_mup.describe import describe_run
 from megatron_mup.errors import ConfigError
 from megatron_mup.launching.run_folder import RunFolder
-from megatron_mup.launching.secrets import (
+from megatron_mup.launching.source_code import SourceCode
+from megatron_mup.parameterization.table import JSON_KEYS
+from megatron_mup.secrets import (
     is_secret_file,
     is_secret_name,
     mask_code,
     mask_text,
     secret_values,
 )
-from megatron_mup.launching.source_code import SourceCode
-from megatron_mup.parameterization.table import JSON_KEYS
 
 ALLOWED_PREFIXES = (
     "SLURM_",

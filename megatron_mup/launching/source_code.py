@@ -14,8 +14,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_mup.launching.secrets import is_secret_file
 from megatron_mup.revision import revision
+from megatron_mup.secrets import is_secret_file
 
 _PACKAGE = Path(__file__).parent.parent
 _SECONDS = 60

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ import pytest
 from megatron_mup.config_io import load_config
 from megatron_mup.errors import CheckpointError, ConfigError, DataError, MupError
 from megatron_mup.launching import beginning
+from megatron_mup.launching.attempts import append_event
 from megatron_mup.launching.beginning import parse_attempt_of
+from megatron_mup.launching.run_folder import RunFolder
 from megatron_mup.launching.source_code import find_source_code
 from tests.launching.run_folders import began, checkpoint, events, write_config
 
@@ -147,6 +150,91 @@ def test_a_requeued_job_keeps_what_it_began_with_though_the_file_changed(
     assert "training.train_iters: 6 -> 9" in text
     assert "the requeued job keeps what it began with" in text
     assert events(run_dir)[-1]["lr_source"] == "--lr 0.015625"
+
+
+@pytest.mark.parametrize("trouble", ["no rate", "no file", "no YAML", "unknown option"])
+def test_a_requeued_job_goes_on_though_what_it_began_with_is_gone_or_damaged(
+    trouble: str, config: Path, tmp_path: Path
+) -> None:
+    run_dir, said, tuned = tmp_path / "run", list[str](), tmp_path / "best.yaml"
+    tuned.write_text("lr: 0.25\nparameterization: {name: rel_mup}\n")
+    began(config, run_dir, lr=None, lr_from=tuned, job="7")
+    if trouble == "no rate":
+        tuned.unlink()
+    elif trouble == "no file":
+        config.unlink()
+    else:
+        config.write_text("model: [" if trouble == "no YAML" else '{"model": {"hiden_size": 3}}')
+    with pytest.raises(MupError):
+        began(config, run_dir, lr=None, lr_from=tuned, job="8")
+    began(config, run_dir, lr=None, lr_from=tuned, job="7", restart=1, said=said)
+    (line,) = said
+    assert line.startswith("warning: ")
+    assert line.endswith("; the requeued job keeps what it began with")
+    assert (resolved(run_dir)["lr"], resolved(run_dir)["iters"]) == (0.25, 6)
+    assert events(run_dir)[-1]["lr_source"] == f"--lr-from {tuned}"
+
+
+def test_a_snapshot_without_the_given_file_holds_what_the_job_began_with(
+    config: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    began(config, run_dir, job="7")
+    config.unlink()
+    shutil.rmtree(run_dir / "launch" / "snapshot")
+    began(config, run_dir, job="7", restart=1)
+    given = (run_dir / "launch" / "snapshot" / "config.given.yaml").read_text()
+    assert "train_iters: 6" in given
+
+
+def test_a_job_that_the_scheduler_starts_again_and_again_without_progress_is_refused(
+    config: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    for restart in (0, 1):
+        began(config, run_dir, job="7", restart=restart, max_restarts=1)
+    with pytest.raises(
+        ConfigError,
+        match=r"job 7 was started 2 times in a row and left no checkpoint; --max-restarts "
+        r"\(MAX_RESTARTS\) allows 1 restarts: .*submit a new job",
+    ):
+        began(config, run_dir, job="7", restart=2, max_restarts=1)
+    # No limit, another job, progress, or an end by a signal.
+    began(config, run_dir, job="7", restart=2)
+    began(config, run_dir, job="8", max_restarts=1)
+    began(config, run_dir, job="8", restart=1, max_restarts=1)
+
+
+def test_starts_that_a_signal_ended_are_not_counted_by_begin(config: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    for restart in (0, 1, 2):
+        began(config, run_dir, job="7", restart=restart, max_restarts=1)
+        append_event(RunFolder(run_dir), "decide", restart + 1, signalled=True)
+    began(config, run_dir, job="7", restart=3, max_restarts=0)
+    with pytest.raises(ConfigError, match="started 1 times in a row"):
+        began(config, run_dir, job="7", restart=4, max_restarts=0)
+
+
+def test_a_newer_checkpoint_starts_begin_s_count_anew(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import megatron_mup.checkpoint.resume as module
+
+    monkeypatch.setattr(module, "check_resumable", lambda run: None)
+    run_dir = tmp_path / "run"
+    began(config, run_dir, job="7", max_restarts=0)
+    checkpoint(run_dir, 3)
+    began(config, run_dir, job="7", restart=1, max_restarts=0)
+    with pytest.raises(ConfigError, match="left none after iteration 3"):
+        began(config, run_dir, job="7", restart=2, max_restarts=0)
+
+
+def test_secrets_of_a_rate_s_origin_are_not_kept(config: Path, tmp_path: Path) -> None:
+    tuned = tmp_path / "best.yaml"
+    tuned.write_text("lr: 0.25\nprovenance: {from: 'https://me:s3cr3t@host/sweep', runs: 5}\n")
+    began(config, tmp_path / "run", lr=None, lr_from=tuned)
+    (event,) = events(tmp_path / "run")
+    assert event["lr_provenance"] == {"from": "https://***@host/sweep", "runs": 5}
 
 
 def test_a_new_job_takes_the_changed_file_and_says_so(config: Path, tmp_path: Path) -> None:

@@ -39,7 +39,8 @@ def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_begin_prints_variables_alone_and_its_messages_elsewhere(tmp_path: Path) -> None:
     config = write_config(tmp_path, training={"train_iters": 60})
     done = launch("begin", "--run-dir", str(tmp_path / "a run"), "--config", str(config),
-                  "--world-size", "1", "--lr", "0.5", "--attempt-of", "77:0", "seed=3")  # fmt: skip
+                  "--world-size", "1", "--lr", "0.5", "--attempt-of", "77:0",
+                  "--max-restarts", "3", "seed=3")  # fmt: skip
     assert done.returncode == 0, done.stderr
     names = [line.partition("=")[0] for line in done.stdout.splitlines()]
     assert names[:2] == ["MEGATRON_MUP_ATTEMPT", "MEGATRON_MUP_OUTCOMES"]
@@ -54,6 +55,14 @@ def test_begin_refuses_with_one_line_and_code_2(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: no peak learning rate")
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_begin_refuses_fewer_than_no_restarts(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--max-restarts is -1; .*MAX_RESTARTS"):
+        CliRunner().invoke(
+            cli.app, ["launch", "begin", "--run-dir", str(tmp_path), "--config", "x",
+                      "--world-size", "1", "--max-restarts", "-1"], catch_exceptions=False,
+        )  # fmt: skip
 
 
 def test_judge_names_the_node_and_ends_with_79(run_dir: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +61,7 @@ def test_a_run_that_was_given_up_is_not_healthy(tmp_path: Path) -> None:
         "snapshot": "snapshot-0002",
         "lr": 0.25,
         "lr_source": "--lr-from best.yaml",
+        "others": [],
     }
 
 
@@ -67,6 +70,48 @@ def test_an_old_stop_is_no_problem_of_a_new_attempt(tmp_path: Path) -> None:
         tmp_path, *BEGINNINGS, stopped("exit 2: a mistake"), {"event": "begin", "attempt": 3}
     )
     assert inspect_folder(tmp_path).problems == ()
+
+
+def test_a_second_job_that_was_refused_is_no_problem_of_the_one_that_trains(
+    tmp_path: Path,
+) -> None:
+    folder = event_list(
+        tmp_path,
+        {"event": "begin", "attempt": 1, "job": "7"},
+        {"event": "decide", "attempt": 1, "decision": "requeue", "reason": "exit 76: x"},
+        {"event": "begin", "attempt": 2, "job": "7", "lr": 0.5, "lr_source": "--lr 0.5"},
+        {"event": "begin", "attempt": 3, "job": "8", "lr": 0.5, "lr_source": "--lr 0.5"},
+        {"event": "judge", "attempt": 3, "bad_nodes": {"n2": "disk: full"}},
+        {"event": "decide", "attempt": 3, "decision": "stop", "reason": "exit 2: in use"},
+    )
+    refused = (
+        "the launch script gave up: exit 2: in use",
+        "node n2 failed the preflight: disk: full",
+    )
+    lease = tmp_path / "checkpoints" / "lease.json"
+    lease.parent.mkdir()
+    lease.write_text('{"job_id": "7"}')
+    found = find_history(tmp_path)
+    assert found is not None
+    assert found.problems == ()
+    assert found.lines == [
+        "attempt 3, 2 restarts; last decision: requeue exit 76: x",
+        "attempt 3, of job 8, does not train: job 7 holds the folder",
+        "learning rate 0.5 by --lr 0.5",
+    ]
+    # Without a lease, with that of an unknown job, or an old or damaged one, the last one counts.
+    damaged = ('{"job_id": "9"}', '{"job_id": null}', '{"job_id": ["7"]}', "[", "")
+    for text in damaged:
+        lease.write_text(text)
+        found = find_history(tmp_path)
+        assert found is not None
+        assert (found.problems, found.others) == (refused, ())
+    lease.write_text('{"job_id": "7"}')
+    # The usual 120 seconds are over; then the run's own limit.
+    os.utime(lease, (time.time() - 130, time.time() - 130))
+    assert inspect_folder(tmp_path).problems[:2] == refused
+    folder.config.write_text('{"faults": {"lease_timeout_seconds": 600}}')
+    assert not set(refused) & set(inspect_folder(tmp_path).problems)
 
 
 def test_nodes_that_failed_now_are_problems(tmp_path: Path) -> None:

@@ -132,10 +132,56 @@ def test_what_fails_on_every_node_is_no_node_s_fault_and_needs_mending() -> None
     assert verdict.exit_code == 79
 
 
-def test_a_single_node_is_to_blame_for_what_fails_on_it() -> None:
+@pytest.mark.parametrize("check", ["GPU", "clock", "temporary folder", "all-reduce"])
+def test_a_single_node_is_to_blame_for_what_is_its_own(check: str) -> None:
     found = reports(("n1",))
-    found[0] = replace(found[0], failures={"clock": "off by 9 s"})
-    assert judge(found, ("n1",), 2).exit_code == 79
+    found[0] = replace(found[0], failures={check: "broken"})
+    verdict = judge(found, ("n1",), 2)
+    assert (verdict.exit_code, verdict.bad_nodes) == (79, {"n1": (f"{check}: broken",)})
+
+
+@pytest.mark.parametrize("check", ["checkpoint disk", "data"])
+def test_a_single_node_is_not_to_blame_for_what_all_nodes_share(check: str) -> None:
+    found = reports(("n1",))
+    found[0] = replace(found[0], failures={check: "gone"})
+    verdict = judge(found, ("n1",), 2)
+    assert (verdict.exit_code, verdict.bad_nodes) == (2, {})
+    assert verdict.lines == [f"every node: {check}: gone"]
+
+
+TOO_MANY = (
+    "{} of {} nodes did not report in time: the file system, the container or PREFLIGHT_SECONDS"
+)
+
+
+def test_where_most_nodes_never_reported_nobody_is_blamed() -> None:
+    for found, late in (([], 3), (reports(("n1",)), 2)):
+        verdict = judge(found, NODES, 2)
+        assert (verdict.exit_code, verdict.bad_nodes) == (79, {})
+        assert verdict.lines == [TOO_MANY.format(late, 3)]
+
+
+def test_where_most_nodes_stayed_behind_nobody_is_blamed() -> None:
+    found = [replace(report, stage=Stage.STARTED) for report in reports()]
+    verdict = judge([*reports(("n1",)), *found[2:]], NODES, 2)
+    assert (verdict.exit_code, verdict.bad_nodes) == (79, {})
+    assert verdict.lines == [TOO_MANY.format(2, 3)]
+    # One is absent, and one has not come far.
+    verdict = judge([*reports(("n1",)), *found[2:4]], NODES, 2)
+    assert (verdict.bad_nodes, verdict.lines) == ({}, [TOO_MANY.format(2, 3)])
+
+
+def test_half_of_the_nodes_and_a_single_one_are_blamed_for_their_absence() -> None:
+    assert list(judge(reports(("n1",)), ("n1", "n2"), 2).bad_nodes) == ["n2"]
+    assert list(judge([], ("n1",), 2).bad_nodes) == ["n1"]
+
+
+def test_what_a_node_says_of_itself_counts_though_most_others_are_absent() -> None:
+    found = reports(("n1",))
+    found[0] = replace(found[0], failures={"GPU": "gone"})
+    verdict = judge(found, NODES, 2)
+    assert verdict.lines == ["n1: GPU: gone", TOO_MANY.format(2, 3)]
+    assert list(verdict.bad_nodes) == ["n1"]
 
 
 def test_reports_survive_the_disk_and_damaged_ones_count_as_missing(tmp_path: Path) -> None:

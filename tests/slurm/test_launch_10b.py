@@ -77,6 +77,7 @@ def test_the_whole_path_runs_with_the_right_variables_on_128_ranks(site, shards)
 @pytest.mark.parametrize(
     ("arguments", "environment", "message"),
     [
+        ((), {"LR": "0.25", "EXCLUDE_AFTER": "0"}, "EXCLUDE_AFTER is 0"),
         (("optimizer.lion_beta3=0.9",), {"LR": "0.25"}, "lion_beta3"),
         (("tensor_model_parallel_size=3",), {"LR": "0.25"}, "tensor_model_parallel_size"),
         ((), {}, "no peak learning rate"),
@@ -93,4 +94,22 @@ def test_a_mistake_ends_the_job_before_any_rank_starts(
     assert (ended.state, ended.exit_code, ended.restarts) == ("FAILED", 2, 0), log
     assert log.startswith("error: ")
     assert message in log
-    assert {call.command for call in site.calls()} == {"launch begin"}
+    assert {call.command for call in site.calls()} <= {"launch begin"}
+
+
+def test_the_stand_in_for_training_refuses_a_layout_that_does_not_fit(site, shards):
+    # Changed after "begin" has found it good, so that the stand-in alone is there to refuse it.
+    site.trouble(
+        "export STUB_CHECKS=yes\n"
+        "[[ $command$rank != train0 ]] || sed -i 's/^\\( *tensor_model.*\\) 2$/\\1 3/' \"$3\"\n"
+    )
+
+    job = site.submit("mup_10b.sh", *shards, *STEPS, LR="0.25", PREFLIGHT_SECONDS="0")
+    ended = site.end(job)
+
+    log = site.log("mup_10b", job)
+    assert (ended.state, ended.exit_code, ended.restarts) == ("FAILED", 2, 0), log
+    assert "tensor_model_parallel_size" in log
+    assert {call.command for call in site.calls()} >= {"launch begin", "train", "launch decide"}
+    # No iteration was acted.
+    assert not (site.work / "runs/mup_10b/metrics.jsonl").exists()

@@ -69,5 +69,5 @@ def test_a_training_run_asks_to_be_signalled_and_requeued_and_keeps_its_log(site
     asked = dict(re.findall(r"^sbatch: (\S+) +: (.*)$", answer.stderr, flags=re.MULTILINE))
     assert asked["requeue"] == "requeue"
     assert asked["open-mode"] == "a"
-    # To the batch script alone, ten minutes before the end; sbatch leaves its usual 60 s out.
-    assert asked["signal"] == ("B:USR1" if script == "mup_tiny.sh" else "B:USR1@600")
+    # To the batch script alone, twenty minutes before the end; sbatch leaves its usual 60 s out.
+    assert asked["signal"] == ("B:USR1" if script == "mup_tiny.sh" else "B:USR1@1200")

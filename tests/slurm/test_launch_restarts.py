@@ -134,6 +134,24 @@ def test_a_run_is_started_again_until_restarts_bring_no_progress(run):
     ]
 
 
+def test_a_node_whose_rank_is_killed_in_training_is_avoided(run):
+    # The other rank fails with an error of its own, as one does whose connection breaks.
+    run.site.trouble(
+        "[[ $start != *.0 ]] || export STUB_LAST=7 STUB_CODE=1\n"
+        "[[ $start != *.0 || $command != train || $node != n2 ]] || kill -KILL $$\n"
+    )
+    job = run.submit(EXCLUDE_AFTER="1", PREFLIGHT_SECONDS="0")
+
+    ended = run.site.end(job)
+
+    log = run.log(job)
+    assert (ended.state, ended.restarts) == ("COMPLETED", 1), log
+    assert ended.fields["ExcNodeList"] == "n2"
+    assert ended.nodes in ("n[1,3]", "n[3-4]")
+    assert re.findall(r"^resubmit (\S+) exit (\d+)", log, flags=re.MULTILINE) == [("n2", "137")]
+    assert run.began_at(job) == [0, 5]
+
+
 @pytest.mark.slow
 def test_torchrun_takes_the_place_of_srun(run):
     run.options = (*run.options, "micro_batch_size=4")

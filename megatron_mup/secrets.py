@@ -11,12 +11,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import PurePath
+from typing import Any
 
 MASK = "***"
 
 _WORDS = (
     r"key|token(?!iz|s\b)|secret|passw(?:or)?d|passphrase|passcode|pwd|credential|auth(?!or)|bearer|jwt"
-    r"|cookie|signature|webhook|private|netrc|dsn|login"
+    r"|cookie|signature|webhook|private|netrc|dsn|login|(?<![a-z0-9])pat(?![a-z0-9])"
 )
 _SECRET_NAME = re.compile(_WORDS, re.IGNORECASE)
 _HARMLESS_NAMES = frozenset({"PWD", "OLDPWD", "SLURM_SUBMIT_DIR"})
@@ -55,10 +56,14 @@ _SHAPES = (
 _NAME = rf"[\w.\-]*(?:{_WORDS})[\w.\-]*"
 _VALUE = r"""(?:"[^"\n]*"|'[^'\n]*'|[^\s,;"'#)\]}]+)"""
 _ASSIGNED = re.compile(
-    rf"""(?P<head>\b{_NAME}["']?\s*(?:=|:)\s*)(?P<value>{_VALUE})""", re.IGNORECASE
+    rf"""(?P<head>\b(?!KeyError\b){_NAME}["']?\s*(?:=|:)\s*)(?P<value>{_VALUE})""", re.IGNORECASE
 )
 _BEFORE_VALUE = re.compile(rf"""\b{_NAME}["']?\s*(?:=|:)\s*$""", re.IGNORECASE)
 _PASSED = re.compile(rf"(?P<head>--?{_NAME}\s+)(?P<value>{_VALUE})", re.IGNORECASE)
+_USER = re.compile(
+    r"""(?P<head>(?<!\S)(?:-u\s+|--user[=\s]\s*)["']?[^\s:"'+%]+:)(?P<value>[^\s"']+)"""
+)
+"""curl's ``-u user:password``."""
 _PLAIN = re.compile(
     r"""["']?(-?\d{0,5}(\.\d*)?(e[+\-]?\d+)?|true|false|null|none|yes|no)?["']?""", re.I
 )
@@ -119,9 +124,30 @@ def mask_text(text: str, values: list[str]) -> str:
         values: from ``secret_values``.
     """
     text = _mask_shapes(text, values)
-    for pattern in (_ASSIGNED, _PASSED):
+    for pattern in (_ASSIGNED, _PASSED, _USER):
         text = pattern.sub(_mask_value, text)
     return text
+
+
+def mask_data(data: Any, values: list[str]) -> Any:
+    """Mask all text in plain data, and whatever stands under a name that sounds like a secret.
+
+    Args:
+        data: mappings, sequences, text, numbers.
+        values: from ``secret_values``.
+    """
+    if isinstance(data, str):
+        return mask_text(data, values)
+    if isinstance(data, Mapping):
+        return {
+            key: MASK
+            if isinstance(value, str) and is_secret_name(str(key))
+            else mask_data(value, values)
+            for key, value in data.items()
+        }
+    if isinstance(data, list | tuple):
+        return [mask_data(value, values) for value in data]
+    return data
 
 
 def _mask_shapes(text: str, values: list[str]) -> str:

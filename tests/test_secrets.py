@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_mup.launching.secrets import (
+from megatron_mup.secrets import (
     is_secret_file,
     is_secret_name,
     mask_code,
+    mask_data,
     mask_text,
     secret_values,
 )
@@ -16,14 +17,27 @@ from megatron_mup.launching.secrets import (
 @pytest.mark.parametrize(
     "name",
     ["WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "DB_PASSWORD", "PGPASSWD", "SLURM_JWT",
-     "MY_CREDENTIALS", "NCCL_AUTH", "SSH_PRIVATE", "api-key", "sessionCookie", "SLACK_WEBHOOK"],
+     "MY_CREDENTIALS", "NCCL_AUTH", "SSH_PRIVATE", "api-key", "sessionCookie", "SLACK_WEBHOOK",
+     "MEGATRON_MUP_PAT", "pat", "GH_PAT_2"],
 )  # fmt: skip
 def test_names_of_secrets_are_known(name: str) -> None:
     assert is_secret_name(name)
 
 
 @pytest.mark.parametrize(
-    "name", ["NCCL_DEBUG", "SLURM_JOB_ID", "PWD", "OMP_NUM_THREADS", "TOKENIZER_MODEL", "AUTHOR"]
+    "name",
+    [
+        "NCCL_DEBUG",
+        "SLURM_JOB_ID",
+        "PWD",
+        "OMP_NUM_THREADS",
+        "TOKENIZER_MODEL",
+        "AUTHOR",
+        "PATH",
+        "LD_LIBRARY_PATH",
+        "PATTERN",
+        "COMPAT",
+    ],
 )
 def test_other_names_are_not(name: str) -> None:
     assert not is_secret_name(name)
@@ -54,6 +68,10 @@ def test_other_files_are_not(name: str) -> None:
         '{"auth_token": "s3cr3tvalue"}',
         "sbatch --api-key s3cr3tvalue run.sh",
         "--token=s3cr3tvalue",
+        "MEGATRON_MUP_PAT=s3cr3tvalue",
+        "curl -u me:s3cr3tvalue host",
+        "curl --user 'me:s3cr3tvalue' host",
+        "curl --user=me:s3cr3tvalue host",
         "git clone https://me:s3cr3tvalue@host/repo",
         "https://s3cr3tvalue@host/repo",
         "postgres://me:s3cr3tvalue@@host/db",
@@ -83,6 +101,11 @@ def test_a_secret_is_taken_out_of_text(text: str) -> None:
         "export WANDB_API_KEY=$KEY_OF_SITE",
         "lr: 0.01\nname: abs_mup\ntrain_data_path: [/data/shards/train]",
         "https://example.org/a@b",
+        "export PATH=/opt/bin:/usr/bin",
+        "date -u +%H:%M:%S",
+        "docker run -u 1000:1000 image",
+        "sort -u list",
+        "KeyError: 'hidden_size'",
     ],
 )
 def test_settings_stay_readable(text: str) -> None:
@@ -109,3 +132,14 @@ def test_the_values_of_secret_variables_are_found_wherever_they_are() -> None:
     assert values == ["plainword99"]
     assert mask_text("a plainword99 in prose, harmless99", values) == "a *** in prose, harmless99"
     assert mask_code("x = f('plainword99')", values) == "x = f('***')"
+
+
+def test_plain_data_is_masked_inside_and_keeps_its_shape() -> None:
+    data = {"campaign": 5, "url": "https://me:s3cr3t@host", "runs": ["api_key=s3cr3t", None, 0.5],
+            "wandb": {"api_key": "s3cr3t", "name": "a"}}  # fmt: skip
+    assert mask_data(data, []) == {
+        "campaign": 5,
+        "url": "https://***@host",
+        "runs": ["api_key=***", None, 0.5],
+        "wandb": {"api_key": "***", "name": "a"},
+    }
