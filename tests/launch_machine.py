@@ -82,8 +82,10 @@ class Machine:
         (self.folder / "train").write_text(lines)
 
     def start(self, script: str, *arguments: str, **env: str) -> subprocess.Popen[str]:
+        # A shell cannot trap a signal that its parent ignores, as nohup's children do with Ctrl-C.
+        default = ("/usr/bin/env", "--default-signal=INT")
         return subprocess.Popen(
-            ["bash", self.project / f"launch/{script}.sh", *arguments],
+            [*default, "bash", self.project / f"launch/{script}.sh", *arguments],
             cwd=self.work,
             env=self.env | env,
             stdout=subprocess.PIPE,
