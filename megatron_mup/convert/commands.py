@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable
 from functools import partial
@@ -40,6 +41,9 @@ EXIT_DAMAGED = 1
 
 @app.callback()
 def _around_every_verb(context: typer.Context) -> None:
+    # Tensors of hundreds of megabytes come and go; in pages of 4 kB the system spends more time on
+    # handing out their memory than the disk on their values. torch 2.11 reads it when first used.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     context.with_resource(ends_at_sigterm())
 
 

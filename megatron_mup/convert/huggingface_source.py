@@ -62,12 +62,12 @@ class HuggingFaceSource:
         self.dtypes = sorted({self._files[name].tensors[name].dtype for name in expected})
 
     def read(self, name: str) -> Tensor:
-        """One logical tensor, in fp32; see ``WeightSource.read``."""
+        """One logical tensor; see ``WeightSource.read``."""
         if name not in self._names:
             raise CheckpointError(f"{self.where} has no tensor {name}")
         hf_name = self._names[name]
         file = self._files[hf_name]
-        values = file.read(hf_name, dtype=torch.float32)
+        values = file.read(hf_name)
         if not torch.stack(torch.aminmax(values)).isfinite().all():
             raise CheckpointError(
                 f"{file.path}: tensor {hf_name} is not finite; the file is damaged, or its "

@@ -1,6 +1,6 @@
 """Write a model as a folder that transformers loads: safetensors shards, config.json, model card.
 
-Streams: one logical tensor in fp32 is in memory at a time. Multipliers that the
+Streams: one logical tensor is in memory at a time. Multipliers that the
 format has not are folded into the weights in fp32 before the one cast.
 """
 
@@ -238,7 +238,7 @@ class _Exporter:
         (folder / CARD_FILE).write_text(card, encoding="utf-8")
 
     def _read(self, name: str) -> Tensor:
-        """One tensor by its name in the format, fp32, fit for the export's dtype."""
+        """One tensor by its name in the format, fit for the export's dtype."""
         values = self._stored.read(self._logical[name])
         if not self.allow_non_finite:
             self._check(values, name)

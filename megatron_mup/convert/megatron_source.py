@@ -95,17 +95,7 @@ class MegatronSource:
             yield finish
 
     def read(self, name: str) -> Tensor:
-        """Read one logical tensor, the fp32 main weight where there is one.
-
-        Args:
-            name: ``LogicalTensor.name``.
-
-        Returns:
-            float32, of ``LogicalTensor.shape``, contiguous, on the CPU; the caller's.
-
-        Raises:
-            CheckpointError: it is missing, damaged or of another shape; names file and tensor.
-        """
+        """One logical tensor; see ``WeightSource.read``."""
         if name not in self._places:
             raise CheckpointError(f"{self.where} has no tensor {name}")
         tensor, place = self._places[name]

@@ -190,7 +190,7 @@ class _Writer:
                 self._check_room(hidden, rest * self._dtype.itemsize + 4 * self._elements)
             if more_digits:
                 self._add("", tensor, weight)
-                self._add(MAIN_WEIGHT, tensor, values)
+                self._add(MAIN_WEIGHT, tensor, values.float())
             else:
                 without_main.append(tensor)
                 self._add_meanwhile(tensor, weight)
@@ -201,7 +201,7 @@ class _Writer:
         self._wait()
         # Main weights are stored for all tensors or for none.
         for tensor in without_main if more_digits else ():
-            self._add(MAIN_WEIGHT, tensor, self._read(tensor))
+            self._add(MAIN_WEIGHT, tensor, self._read(tensor).float())
         for gain in unlearned_gains(self._shape):
             self._add("", gain, torch.ones(gain.shape, dtype=self._dtype))
 
@@ -249,7 +249,7 @@ def _same(weight: Tensor, values: Tensor) -> bool:
     count = math.ceil(values.numel() / _COMPARED)
     blocks = zip(weight.view(-1).chunk(count), values.view(-1).chunk(count), strict=True)
     # NaN is not equal to itself, and then more digits are kept than needed.
-    return all(torch.equal(cast.float(), exact) for cast, exact in blocks)
+    return all(torch.equal(cast.float(), exact.float()) for cast, exact in blocks)
 
 
 def _add_objects(files: TensorFiles, run: RunConfig) -> None:

@@ -135,7 +135,7 @@ class RescaledWeights:
             # A scalar gain in a model of vector gains.
             values = values.expand(tensor.shape).contiguous()
         factor = self.factor(name)
-        return values if factor == 1.0 else values.mul_(factor)
+        return values if factor == 1.0 else values.float().mul_(factor)
 
 
 def _check_models(before: ModelConfig, after: ModelConfig) -> None:

@@ -257,12 +257,11 @@ class SafetensorsFile:
                 "it again"
             )
 
-    def read(self, name: str, *, dtype: torch.dtype | None = None) -> Tensor:
-        """Read a tensor.
+    def read(self, name: str) -> Tensor:
+        """Read a tensor, in its own dtype.
 
         Args:
             name: one of ``tensors``.
-            dtype: of the result; unset means its own.
 
         Raises:
             CheckpointError: its dtype is none of ``DTYPES``, or the file cannot be read.
@@ -273,15 +272,11 @@ class SafetensorsFile:
                 f"{self.path}: tensor {name} is {stored.dtype}; supported: {', '.join(DTYPES)} "
                 "(save quantized weights dequantized first)"
             )
-        held = DTYPES[stored.dtype]
-        values = torch.empty(stored.shape, dtype=dtype or held)
+        values = torch.empty(stored.shape, dtype=DTYPES[stored.dtype])
         try:
             with self.path.open("rb", buffering=0) as stream:
                 stream.seek(self._data + stored.begin)
-                if values.dtype == held:
-                    _read_into(stream, values)
-                else:
-                    _read_cast(stream, values, held)
+                _read_into(stream, values)
         except OSError as error:
             raise CheckpointError(
                 f"cannot read tensor {name} of {self.path}: {error.strerror or error}"
@@ -299,15 +294,6 @@ def _stored(name: str, fields: Any) -> FileTensor:
     if kind in DTYPES and math.prod(shape) * DTYPES[kind].itemsize != end - begin:
         raise ValueError(f"{name}: {end - begin} bytes are no {kind} of shape {list(shape)}")
     return FileTensor(kind, shape, begin, end)
-
-
-def _read_cast(stream: Any, values: Tensor, held: torch.dtype) -> None:
-    """Read values of another dtype, without a second tensor of their size."""
-    staging = torch.empty(min(_CHUNK, values.numel()), dtype=held)
-    for chunk in torch.split(values.view(-1), _CHUNK):
-        part = staging[: len(chunk)]
-        _read_into(stream, part)
-        chunk.copy_(part)
 
 
 def _read_into(stream: Any, values: Tensor) -> None:

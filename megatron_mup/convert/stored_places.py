@@ -30,6 +30,9 @@ MAIN_WEIGHT = OPTIMIZER_PREFIX + "fp32_param."
 COMMON_STATE = "common_state/shard_0_1"
 """Key of the plain values: iteration, samples, steps of the optimizer."""
 
+HALVES = (torch.bfloat16, torch.float16)
+"""Dtypes in which tensors are handed on as they are stored."""
+
 _LAYERS = "decoder.layers."
 _WITH_NEXT = {
     "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
@@ -90,7 +93,7 @@ def place_of(tensor: LogicalTensor, shape: ModelShape) -> Place:
 
 
 def read_rows(stored: StoredTensors, key: str, place: Place, shape: Sizes) -> Tensor:
-    """Read a logical tensor from where it lies, in fp32.
+    """Read a logical tensor from where it lies, as ``WeightSource.read``.
 
     Args:
         stored: the checkpoint.
@@ -101,7 +104,9 @@ def read_rows(stored: StoredTensors, key: str, place: Place, shape: Sizes) -> Te
     Raises:
         CheckpointError: as ``StoredTensors.read``.
     """
-    values = torch.empty(shape)
+    # A key that is not there is refused when its pieces are read.
+    held = stored.tensors[key].dtype if key in stored.tensors else None
+    values = torch.empty(shape, dtype=held if held in HALVES else torch.float32)
     pieces = []
     for rows in place.rows:
         target = values[rows.first : rows.first + rows.count]

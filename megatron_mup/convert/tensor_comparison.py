@@ -87,7 +87,7 @@ def different_weights(expected: WeightSource, written: WeightSource) -> Iterator
         if found.shape != right.shape:
             yield f"{tensor.name}: shape {list(found.shape)} instead of {list(right.shape)}"
             continue
-        wrong = _different(found, right)
+        wrong = _different(found, right, dtype=torch.float32)
         del found
         if wrong:
             yield f"{tensor.name}: {wrong} of {right.numel()} elements are not what was converted"
@@ -110,11 +110,12 @@ def _differently_rounded(written: MegatronSource, tensor: LogicalTensor, right: 
     return wrong
 
 
-def _different(stored: Tensor, expected: Tensor) -> int:
-    """How many elements are not the cast of the expected fp32 ones."""
+def _different(stored: Tensor, expected: Tensor, *, dtype: torch.dtype | None = None) -> int:
+    """How many elements are not the expected ones, both cast; unset means to the stored dtype."""
+    dtype = dtype or stored.dtype
     parts = (torch.split(values.reshape(-1), _COMPARED) for values in (stored, expected))
     pairs = zip(*parts, strict=True)
-    return sum(int((_bits(one) != _bits(other.to(one.dtype))).sum()) for one, other in pairs)
+    return sum(int((_bits(one.to(dtype)) != _bits(other.to(dtype))).sum()) for one, other in pairs)
 
 
 def _bits(values: Tensor) -> Tensor:

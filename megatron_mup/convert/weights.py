@@ -34,8 +34,9 @@ class WeightSource(Protocol):
             name: ``LogicalTensor.name``, one of ``logical_tensors(model.shape)``.
 
         Returns:
-            The whole tensor, of ``LogicalTensor.shape``, contiguous, on the CPU, float32: the fp32
-            main weight where there is one. The caller owns it.
+            The whole tensor, of ``LogicalTensor.shape``, contiguous, on the CPU; the caller owns
+            it. The fp32 main weight where there is one. In float32, or in the bfloat16 or float16
+            that it is stored in: the same values in half of the memory.
 
         Raises:
             CheckpointError: it is missing, damaged or of another shape; names file and tensor.
