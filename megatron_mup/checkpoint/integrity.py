@@ -165,11 +165,16 @@ def check_files(folder: Path, *, rank: int = 0, size: int = 1) -> list[str]:
         found = {path.name for path in folder.iterdir() if not path.name.startswith(".nfs")}
         unlisted = sorted(found - {*digests, CHECKSUMS})
         problems = [f"{folder / name} is not listed in {CHECKSUMS}." for name in unlisted]
-    for name in _share(digests, rank=rank, size=size):
+    for name in sorted(_share(digests, rank=rank, size=size), key=file_order):
         problem = _problem(folder / name, digests[name])
         if problem is not None:
             problems.append(problem)
     return problems
+
+
+def file_order(name: str) -> list[int]:
+    """Sorts files as they were written: ``__0_10.distcp`` after ``__0_9.distcp``."""
+    return [int(digits) for digits in re.findall(r"[0-9]+", name)]
 
 
 def was_completed(folder: Path) -> bool:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_mup.checkpoint.integrity import file_order
 from megatron_mup.checkpoint.record import make_record
 from megatron_mup.checkpoint.upstream_args import upstream_args
 from megatron_mup.config import ParallelConfig, RunConfig
@@ -147,14 +148,33 @@ def _copy(
 ) -> None:
     """Copy every tensor, one layer of one kind at a time."""
     cuts = _cuts(run.model.shape)
-    total = sum(stored.nbytes for stored in source.stored.tensors.values())
+    tensors = source.stored.tensors.values()
+    total = sum(stored.nbytes for stored in tensors)
     done = 0
-    for stored in source.stored.tensors.values():
-        for block in _blocks(stored, cuts, run.parallel, run.model.num_layers):
-            _copy_block(source, stored, block, files)
-            done += math.prod(block.size) * stored.dtype.itemsize
-            if progress is not None:
-                progress(done, total)
+    work = [
+        (stored, block)
+        for stored in tensors
+        for block in _blocks(stored, cuts, run.parallel, run.model.num_layers)
+    ]
+    # File after file, as the checksums are compared: what one of the two has read, the other finds
+    # in the page cache.
+    places = {stored.key: _places(stored) for stored in tensors}
+    # Blocks that begin inside a stored part come first; where they lie is a matter of speed alone.
+    work.sort(key=lambda one: places[one[0].key].get(one[1].offset[:1], ([], 0)))
+    for stored, block in work:
+        _copy_block(source, stored, block, files)
+        done += math.prod(block.size) * stored.dtype.itemsize
+        if progress is not None:
+            progress(done, total)
+
+
+def _places(stored: StoredTensor) -> dict[Sizes, tuple[list[int], int]]:
+    """Where the parts of each index of the first axis begin: file and position."""
+    places: dict[Sizes, tuple[list[int], int]] = {}
+    for part in stored.parts:
+        place = (file_order(part.file), part.position)
+        places[part.offset[:1]] = min(place, places.get(part.offset[:1], place))
+    return places
 
 
 def _copy_block(
