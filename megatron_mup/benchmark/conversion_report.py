@@ -202,7 +202,7 @@ weights that are drawn and written tensor by tensor. MB and GB are 10^6 and 10^9
 output are the sizes of all their files.
 
 - **wall**: from the start of the command, imports included, until its output is synced. Checksums
-  of the source are compared first, as by default, so that the files of a checkpoint are read twice.
+  of the source are compared meanwhile, as by default, so that a checkpoint's files are read twice.
 - **start**: the same command on a model of width 64 with one layer: imports and all else that does
   not depend on the size.
 - **plain write**: in each round, random bytes to one file in the same folder, 16 MiB at a time,
