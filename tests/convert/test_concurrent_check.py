@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -37,6 +39,14 @@ def test_what_the_check_finds_is_raised_when_it_is_asked_for() -> None:
         finish()
 
 
+def test_whatever_ends_the_check_is_raised() -> None:
+    def lost() -> None:
+        raise OSError("the network disk is gone")
+
+    with pytest.raises(OSError, match="is gone"), checked_meanwhile(lost) as finish:
+        finish()
+
+
 def test_damage_explains_an_error_of_the_work() -> None:
     with pytest.raises(CheckpointError, match="a file is damaged"), checked_meanwhile(damaged):
         raise CheckpointError("the weights are not finite")
@@ -49,6 +59,19 @@ def test_other_errors_wait_for_no_check() -> None:
     with pytest.raises(KeyboardInterrupt), checked_meanwhile(lambda: go.wait(60) and None):
         raise KeyboardInterrupt
     go.set()
+
+
+def test_an_interrupted_process_ends_though_the_check_goes_on() -> None:
+    work = (
+        "import threading\n"
+        "from megatron_mup.convert.concurrent_check import checked_meanwhile\n"
+        "with checked_meanwhile(threading.Event().wait):\n"
+        "    raise KeyboardInterrupt\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", work], capture_output=True, timeout=60, check=False
+    )
+    assert done.stderr.endswith(b"KeyboardInterrupt\n")
 
 
 def test_without_a_check_there_is_nothing_to_wait_for() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -83,3 +85,20 @@ def test_only_plain_tensors_are_found_and_a_cut_file_is_told(tmp_path: Path) -> 
     path.write_bytes(path.read_bytes()[: values.position + 100])
     with pytest.raises(OSError, match="ends inside"):
         values.read_into(torch.empty(1000), (0,))
+
+
+class TooLong:
+    """Says that it has a thousand values, and brings four."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        four = torch.zeros(4)
+        rebuild = torch._utils._rebuild_tensor_v2
+        held = torch.storage.TypedStorage(
+            wrap_storage=four.untyped_storage(), dtype=four.dtype, _internal=True
+        )
+        return rebuild, (held, 0, (1000,), (1,), False, OrderedDict())
+
+
+def test_values_beyond_the_end_of_their_block_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="its values end outside of it"):
+        find_values(tmp_path, stored(tmp_path, TooLong()))

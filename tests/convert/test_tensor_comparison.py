@@ -42,6 +42,18 @@ def test_bits_are_compared_and_not_values() -> None:
     assert len(list(different_weights(source, written))) == 1
 
 
+def test_weights_that_lost_digits_differ_and_those_that_only_take_less_memory_do_not() -> None:
+    source = random_weights(small_model())
+    written = copied(source)
+    name = "decoder.layers.0.mlp.linear_fc2.weight"
+    written.tensors[name] = source.tensors[name].bfloat16()
+    (line,) = different_weights(source, written)
+    assert line.startswith(f"{name}: ")
+    assert "are not what was converted" in line
+    source.tensors[name] = written.tensors[name].float()
+    assert list(different_weights(source, written)) == []
+
+
 @pytest.fixture
 def rounded(checkpoint_of: MakeCheckpoint) -> MegatronSource:
     """A checkpoint of a bf16 run, with main weights."""
