@@ -64,6 +64,14 @@ class LateDigits(RandomWeights):
         return torch.full_like(values, 1 / 3) if name == "output_layer.weight" else values
 
 
+class MixedPrecision(RandomWeights):
+    """Tensors in bf16 before and after one in fp16, whose digits bf16 has not."""
+
+    def read(self, name: str) -> Tensor:
+        half = torch.float16 if name.endswith("layers.0.mlp.linear_fc2.weight") else torch.bfloat16
+        return super().read(name).to(half)
+
+
 def parameters(folder: Path, run: RunConfig) -> dict[str, Tensor]:
     """The weights that a run gets from a checkpoint."""
     with parallel_processes(run, Launch()):
@@ -125,6 +133,16 @@ def test_the_main_weights_of_tensors_before_the_first_that_needs_them_are_writte
         main = source.read_stored(f"optimizer.state.fp32_param.{name}")
         assert main.dtype == torch.float32
         assert torch.equal(main, late.read(name))
+
+
+def test_main_weights_are_fp32_though_the_source_has_some_in_half_precision(tmp_path: Path) -> None:
+    run = small_run(*GQA, "bf16=true")
+    source = MixedPrecision(run)
+    written = MegatronSource(write_megatron(source, tmp_path, run=run))
+    for name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+        main = written.read_stored(f"optimizer.state.fp32_param.{name}")
+        assert main.dtype == torch.float32
+        assert torch.equal(main, source.read(name).float())
 
 
 def test_training_starts_from_converted_weights_with_a_fresh_optimizer(

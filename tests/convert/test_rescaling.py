@@ -124,6 +124,19 @@ def test_the_last_bit_of_a_multiplier_changes_no_weight() -> None:
         assert torch.equal(rescaled.read(name), values)
 
 
+def test_weights_in_half_precision_are_multiplied_in_fp32() -> None:
+    source = random_weights(small_model())
+    for name in source.tensors:
+        source.tensors[name] = source.tensors[name].bfloat16()
+    rescaled = RescaledWeights(source, source.model, OTHER)
+    name = "output_layer.weight"
+    factor = source.multipliers.logit / 2.3
+    assert torch.equal(rescaled.read(name), source.tensors[name].float() * factor)
+    # What no factor touches stays as it is stored.
+    untouched = "decoder.layers.0.mlp.linear_fc1.weight.gate"
+    assert rescaled.read(untouched).dtype is torch.bfloat16
+
+
 def test_the_source_keeps_its_weights() -> None:
     source = random_weights(small_model())
     before = {name: values.clone() for name, values in source.tensors.items()}
