@@ -390,7 +390,8 @@ def _import_lines(folder: Path, run: RunConfig, config: Path) -> tuple[str, ...]
         f"{folder}: parameterization {run.parameterization.name}, multipliers {told}",
         f"weights alone: train from it with checkpoint.load={folder.parent} "
         "checkpoint.finetune=true; all options that follow from the model are in a file: "
-        f"megatron-mup train --config {config} data.train_data_path=[...] optimizer.lr=... "
-        "train_iters=... global_batch_size=... micro_batch_size=...",
+        f"megatron-mup train --config {config} data.train_data_path=[...] "
+        "data.valid_data_path=[...] optimizer.lr=... train_iters=... global_batch_size=... "
+        "micro_batch_size=...",
         upstream_line(run),
     )

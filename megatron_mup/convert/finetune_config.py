@@ -22,7 +22,8 @@ FINETUNE_FILE = "finetune.yaml"
 _SECTIONS = ("model", "parameterization", "optimizer", "schedule", "training", "precision", "data")
 _COMMENT = (
     "# A run that starts from the weights beside this file: megatron-mup train --config THIS_FILE\n"
-    "# Yours to set before: data, optimizer.lr, schedule, training, checkpoint.save.\n"
+    "# Yours to set before: data (no valid_data_path needs training.eval_iters: 0), optimizer.lr,\n"
+    "# schedule, training, checkpoint.save.\n"
 )
 
 

@@ -38,6 +38,7 @@ from megatron_mup.convert.safetensors_shards import (
     plan_shards,
     write_file,
 )
+from megatron_mup.convert.weight_checksums import TENSOR_CHECKSUMS
 from megatron_mup.convert.weights import WeightSource
 from megatron_mup.errors import CheckpointError
 
@@ -83,7 +84,7 @@ class HfExport:
 
 
 def as_stored(source: WeightSource, hf_format: HfFormat) -> WeightSource:
-    """The source under the gains and multipliers that a format stores; in fp32, before the cast.
+    """The source under the gains and multipliers that a format stores, before the cast.
 
     Raises:
         CheckpointError: the format cannot hold the model; names those that can.
@@ -187,7 +188,8 @@ class _Exporter:
 
     def fill(self, folder: Path, token_ids: dict[str, int | None]) -> None:
         """Write everything but the card."""
-        advice = "make room, export in bfloat16, or choose another disk"
+        less = "export in bfloat16, " if self._dtype is torch.float32 else ""
+        advice = f"make room, {less}or choose another disk"
         check_room(folder, self.export.weight_bytes, folder=self.export.folder, advice=advice)
         self._write_weights(folder)
         stored, export = self._stored, self.export
@@ -210,8 +212,9 @@ class _Exporter:
         pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="digest")
         try:
             running = []
+            sums: dict[str, int] = {}
             for name, shard in self._shards.items():
-                write_file(folder / name, shard, self._dtype, self._read)
+                sums |= write_file(folder / name, shard, self._dtype, self._read)
                 running.append(pool.submit(digest_files, folder, [name]))
             digests = {}
             if len(self._shards) > 1:
@@ -221,6 +224,7 @@ class _Exporter:
                 digests |= task.result()
         finally:
             pool.shutdown(cancel_futures=True)
+        _write_json(folder / TENSOR_CHECKSUMS, {"format": 1, "crc32": sums})
         write_checksums(folder, digests)
 
     def write_card(self, folder: Path, token_ids: dict[str, int | None]) -> None:

@@ -76,7 +76,7 @@ def write_megatron(
         root: the folder for ``checkpoint.load``; made if missing.
         run: the configuration that the record holds.
         overwrite: replace an earlier conversion.
-        progress: called with the parameters written so far and in all, in bytes of fp32.
+        progress: called with the bytes of weights written so far and in all, without main weights.
         approve: called with the complete folder before it gets its name; see ``published_folder``.
 
     Returns:
@@ -197,7 +197,7 @@ class _Writer:
             del weight, values
             done += math.prod(tensor.shape)
             if progress is not None:
-                progress(4 * done, 4 * self._elements)
+                progress(self._dtype.itemsize * done, self._dtype.itemsize * self._elements)
         self._wait()
         # Main weights are stored for all tensors or for none.
         for tensor in without_main if more_digits else ():

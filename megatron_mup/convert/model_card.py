@@ -105,7 +105,7 @@ def _loading(hf_format: HfFormat, *, tokenizer: bool) -> str:
         f"from transformers import {classes}",
         "",
         f'model = AutoModelForCausalLM.from_pretrained("FOLDER"{trust})',
-        *(['tokenizer = AutoTokenizer.from_pretrained("FOLDER")'] if tokenizer else []),
+        *([f'tokenizer = AutoTokenizer.from_pretrained("FOLDER"{trust})'] if tokenizer else []),
         "```",
     ]
     return "\n".join(lines) + "\n"

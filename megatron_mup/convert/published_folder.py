@@ -8,6 +8,7 @@ down keeps its contents and is named ``NAME.rejected``.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import logging
 import os
@@ -133,7 +134,9 @@ def published_folder(
     target.check()
     with contextlib.ExitStack() as held:
         try:
-            target.folder.parent.mkdir(parents=True, exist_ok=True)
+            if not target.folder.parent.exists():
+                target.folder.parent.mkdir(parents=True)
+                held.callback(_remove_empty, target.folder.parent)
             _remove_abandoned(target.folder)
             output = Output(held.enter_context(_hidden_folder(target.folder)), target.folder)
             yield output
@@ -169,10 +172,16 @@ def check_room(hidden: Path, needed: int, *, folder: Path, advice: str) -> None:
         )
 
 
+def _remove_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
 def _cannot_write(folder: Path, error: OSError) -> CheckpointError:
     place = error.filename or folder
+    cure = "; raise the limit of a file's size (ulimit -f)" if error.errno == errno.EFBIG else ""
     return CheckpointError(
-        f"cannot write {place}: {error.strerror or error}; {folder} was not made"
+        f"cannot write {place}: {error.strerror or error}; {folder} was not made{cure}"
     )
 
 

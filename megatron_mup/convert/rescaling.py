@@ -135,7 +135,20 @@ class RescaledWeights:
             # A scalar gain in a model of vector gains.
             values = values.expand(tensor.shape).contiguous()
         factor = self.factor(name)
-        return values if factor == 1.0 else values.float().mul_(factor)
+        if factor == 1.0:
+            return values
+        before = _is_finite(values)
+        values = values.float().mul_(factor)
+        if before and not _is_finite(values):
+            raise CheckpointError(
+                f"{self.where}: {name} times {factor:g}, which the target's multipliers ask for, "
+                "is beyond fp32; choose multipliers nearer to the source's"
+            )
+        return values
+
+
+def _is_finite(values: Tensor) -> bool:
+    return bool(torch.stack(torch.aminmax(values)).isfinite().all())
 
 
 def _check_models(before: ModelConfig, after: ModelConfig) -> None:

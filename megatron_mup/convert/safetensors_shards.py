@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -92,7 +93,7 @@ def index(shards: dict[str, list[Entry]], *, itemsize: int) -> dict[str, Any]:
 
 def write_file(
     path: Path, entries: Sequence[Entry], dtype: torch.dtype, read: Callable[[str], Tensor]
-) -> None:
+) -> dict[str, int]:
     """Write one file and wait until the disk has it.
 
     Args:
@@ -102,7 +103,11 @@ def write_file(
         read: returns a tensor by name, of the entry's shape, contiguous, on the CPU, cast here;
             called in order and in a thread of its own, for one tensor while the one before is
             written; nothing else that it returned is kept.
+
+    Returns:
+        CRC-32 of each tensor's bytes, by name.
     """
+    sums = {}
     header = _header(entries, dtype)
     staging = torch.empty(_CHUNK, dtype=dtype)
     with path.open("wb", buffering=0) as stream, _Writeback(stream) as writeback:
@@ -111,14 +116,19 @@ def write_file(
             if values.shape != entry.shape:
                 raise ValueError(f"{entry.name} is {tuple(values.shape)}, not {entry.shape}")
             # Chunk by chunk: a cast of the whole would cost as much time as the disk.
+            total = 0
             for chunk in torch.split(values.view(-1), _CHUNK):
                 cast = staging[: len(chunk)].copy_(chunk)
-                _write(stream, memoryview(cast.view(torch.uint8).numpy()))
+                content = memoryview(cast.view(torch.uint8).numpy())
+                total = zlib.crc32(content, total)
+                _write(stream, content)
                 writeback.start(cast.nbytes)
+            sums[entry.name] = total
             # The next one but one is read as soon as this loop asks for the next.
             del values, chunk
         writeback.wait()
         sync_stream(stream)
+    return sums
 
 
 def _read_ahead(
@@ -282,6 +292,11 @@ class SafetensorsFile:
                 f"cannot read tensor {name} of {self.path}: {error.strerror or error}"
             ) from error
         return values
+
+    def checksum(self, name: str) -> int:
+        """CRC-32 of a tensor's bytes, as ``write_file`` returns it; errors as ``read``."""
+        values = self.read(name)
+        return zlib.crc32(memoryview(values.view(-1).view(torch.uint8).numpy()))
 
 
 def _stored(name: str, fields: Any) -> FileTensor:

@@ -72,7 +72,7 @@ class UpstreamSource:
         self.provenance: Mapping[str, Any] = self._provenance(common)
 
     def read(self, name: str) -> Tensor:
-        """One logical tensor in fp32; see ``WeightSource.read``."""
+        """One logical tensor; see ``WeightSource.read``."""
         if name not in self._places:
             raise CheckpointError(f"{self.where} has no tensor {name}")
         tensor, place = self._places[name]

@@ -2,11 +2,13 @@
 
 ``huggingface_target`` lists it in ``checksums.json``, in the form of a checkpoint's own
 (``checkpoint.integrity``), for weight files and their index alone: whoever publishes a model may
-edit its card and its configuration. Must not import torch.
+edit its card and its configuration. Which tensors of a changed file are other ones is told by a
+list of their CRC-32. Must not import torch before a file has changed.
 """
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from megatron_mup.checkpoint.integrity import (
@@ -16,6 +18,9 @@ from megatron_mup.checkpoint.integrity import (
     read_checksums,
 )
 from megatron_mup.errors import CheckpointError
+
+TENSOR_CHECKSUMS = "tensor_checksums.json"
+"""CRC-32 of each tensor's bytes, by its name in the files."""
 
 
 def has_checksums(folder: Path) -> bool:
@@ -40,7 +45,8 @@ def changed_weights(folder: Path) -> list[str]:
             if size != expected.bytes:
                 problems.append(f"{path} has {size} bytes instead of {expected.bytes}.")
             elif _digest(folder, name) != expected:
-                problems.append(f"{path} was changed: its SHA-256 is not that of the export.")
+                problem = f"{path} was changed: its SHA-256 is not that of the export."
+                problems.append(problem + _changed_tensors(path))
         except OSError as error:
             problems.append(f"{path} cannot be read ({error.strerror or error}).")
     return problems
@@ -60,6 +66,21 @@ def refuse_changed_weights(folder: Path) -> None:
             f"export them again; if they were changed on purpose, remove {CHECKSUMS} or pass "
             "--no-check"
         )
+
+
+def _changed_tensors(path: Path) -> str:
+    """The tensors of a changed file that are other ones; empty where nothing tells."""
+    from megatron_mup.convert.huggingface_folder import several
+    from megatron_mup.convert.safetensors_shards import SafetensorsFile
+
+    try:
+        sums = json.loads((path.parent / TENSOR_CHECKSUMS).read_bytes())["crc32"]
+        file = SafetensorsFile(path)
+        changed = [name for name in file.tensors if file.checksum(name) != sums.get(name)]
+    # An older export has no list, and the index and a damaged header no tensors.
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, CheckpointError):
+        return ""
+    return f" Changed in it: {several(changed)}." if changed else ""
 
 
 def _listed(folder: Path) -> dict[str, FileDigest]:

@@ -218,6 +218,7 @@ def test_a_small_model_is_one_file_beside_config_generation_config_and_card(tmp_
         "config.json",
         "generation_config.json",
         "model.safetensors",
+        "tensor_checksums.json",
     }
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == {
         "eos_token_id": 3

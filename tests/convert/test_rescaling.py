@@ -137,6 +137,15 @@ def test_weights_in_half_precision_are_multiplied_in_fp32() -> None:
     assert rescaled.read(untouched).dtype is torch.bfloat16
 
 
+def test_a_factor_that_leads_beyond_fp32_is_refused() -> None:
+    source = random_weights(small_model())
+    name = "decoder.layers.0.mlp.linear_fc2.weight"
+    source.tensors[name][0, 0] = 3e38
+    small = replace(source.multipliers, residual=source.multipliers.residual / 4)
+    with pytest.raises(CheckpointError, match=rf"{name} times 4, .* beyond fp32; choose"):
+        RescaledWeights(source, source.model, small).read(name)
+
+
 def test_the_source_keeps_its_weights() -> None:
     source = random_weights(small_model())
     before = {name: values.clone() for name, values in source.tensors.items()}

@@ -220,7 +220,7 @@ def test_a_copy_that_differs_in_a_bit_is_not_kept(
     monkeypatch.setattr("megatron_mup.convert.reshard.TensorFiles", spoiled)
     with pytest.raises(CheckpointError, match=message):
         reshard(folder, tmp_path / "c", layout=TP2)
-    assert list((tmp_path / "c").iterdir()) == []
+    assert not (tmp_path / "c").exists()
     reshard(folder, tmp_path / "c", layout=TP2, verify=False)
 
 

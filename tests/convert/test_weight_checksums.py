@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -34,6 +35,21 @@ def flip_last_bit(path: Path) -> None:
     path.write_bytes(content)
 
 
+def header_of(path: Path) -> dict[str, Any]:
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header: dict[str, Any] = json.loads(content[8 : 8 + length])
+    return header
+
+
+def test_an_export_without_a_list_of_tensors_is_named_by_its_file(exported: Path) -> None:
+    first = sorted(exported.glob("*.safetensors"))[0]
+    flip_last_bit(first)
+    (exported / "tensor_checksums.json").unlink()
+    (problem,) = changed_weights(exported)
+    assert problem.endswith("its SHA-256 is not that of the export.")
+
+
 def test_an_export_lists_the_sha256_of_its_weights(exported: Path) -> None:
     weights = sorted(exported.glob("*.safetensors"))
     assert len(weights) > 1
@@ -53,9 +69,17 @@ def test_an_import_refuses_weights_with_a_flipped_bit_and_names_the_file(
     words = ("from-hf", "--input", exported, "--no-verify", "--save")
     second = sorted(exported.glob("*.safetensors"))[1]
     flip_last_bit(second)
-    with pytest.raises(MupError, match=rf"{second.name} was changed.*\n.*--no-check"):
+    # The flipped bit is the file's last: of the tensor that ends there.
+    begins_and_ends = {
+        name: tensor["data_offsets"]
+        for name, tensor in header_of(second).items()
+        if name != "__metadata__"
+    }
+    last = max(begins_and_ends, key=lambda name: begins_and_ends[name][1])
+    expected = rf"{second.name} was changed.* Changed in it: the tensors {last}\.\n.*--no-check"
+    with pytest.raises(MupError, match=expected):
         call(app, *words, tmp_path / "in")
-    assert list((tmp_path / "in").iterdir()) == []
+    assert not (tmp_path / "in").exists()
     assert call(app, *words, tmp_path / "in", "--no-check").exit_code == 0
 
 
@@ -100,4 +124,8 @@ def test_inspection_compares_the_weights_when_asked(exported: Path) -> None:
     flip_last_bit(victim)
     assert inspect_checkpoint(exported).problems == ()
     damaged = inspect_checkpoint(exported, check=True)
-    assert damaged.problems == (f"{victim} was changed: its SHA-256 is not that of the export.",)
+    (problem,) = damaged.problems
+    assert problem.startswith(f"{victim} was changed: its SHA-256 is not that of the export. ")
+    assert problem.endswith(
+        "Changed in it: the tensors model.layers.1.post_attention_layernorm.weight."
+    )

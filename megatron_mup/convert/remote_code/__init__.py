@@ -39,7 +39,7 @@ def remote_model(
 ) -> Any:
     """Build the transformers model of some weights, without files in between.
 
-    Holds the model and one fp32 tensor at a time.
+    Holds the model and one tensor of the source at a time.
 
     Args:
         source: weights with their architecture and multipliers.
