@@ -26,6 +26,7 @@ from megatron_mup.generation_command import generate_command
 from megatron_mup.launching.commands import app as launch_app
 from megatron_mup.os_processes import end_now, is_one_of_several_ranks
 from megatron_mup.planning.command import plan_command
+from megatron_mup.transfer.sweep.commands import app as sweep_app
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -35,6 +36,7 @@ app = typer.Typer(
 app.add_typer(data_app, name="data", help="Tokenizers and token shards.")
 app.add_typer(convert_app, name="convert", help="Checkpoints to and from Hugging Face.")
 app.add_typer(launch_app, name="launch", help="Steps of the launch scripts around a run.")
+app.add_typer(sweep_app, name="sweep", help="Learning rates over sizes: plan, run, follow.")
 app.command("generate", cls=PlainCommand)(generate_command)
 app.command("plan", cls=PlainCommand)(plan_command)
 

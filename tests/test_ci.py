@@ -36,6 +36,7 @@ def checked(tmp_path: Path) -> Path:
         write_script(tmp_path / name, "#!/bin/sh\necho checked\n")
     write_script(tmp_path / "tools/set_up_venv.sh", "#!/bin/sh\n")
     write_script(tmp_path / "tools/find_slurm.sh", "#!/bin/sh\n")
+    write_script(tmp_path / "tools/find_chromium.sh", "#!/bin/sh\n")
     write_script(tmp_path / "tools/run_tests.sh", "#!/bin/sh\necho ran >>runs\necho 3 passed\n")
     return tmp_path
 
@@ -116,9 +117,25 @@ def test_ci_installs_nothing_where_slurm_is_or_for_a_user_who_may_not(without_sl
     assert not (without_slurm / "installed").exists()
 
 
+def test_ci_installs_chromium_where_it_is_missing_and_goes_on_without_it(without_slurm):
+    write_script(without_slurm / "tools/find_slurm.sh", "#!/bin/sh\n")
+    write_script(without_slurm / "tools/find_chromium.sh", "#!/bin/sh\nexit 1\n")
+    installing = run_ci(without_slurm)
+    write_script(without_slurm / "bin/apt-get", "#!/bin/sh\nexit 100\n")
+    failing = run_ci(without_slurm)
+
+    assert installing.returncode == failing.returncode == 0
+    assert (without_slurm / "installed").read_text().splitlines() == [
+        "update -qq",
+        "install -y -qq --no-install-recommends chromium",
+    ]
+    assert "Chromium could not be installed: its tests are left out" in failing.stderr
+    assert failing.stdout.splitlines()[-1] == "3 passed"
+
+
 def run_tests(checked: Path, commands: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run tools/run_tests.sh where only `commands` and `checked/machine` are; prints the call."""
-    for name in ("run_tests.sh", "find_slurm.sh"):
+    for name in ("run_tests.sh", "find_slurm.sh", "find_chromium.sh"):
         shutil.copy(ROOT / "tools" / name, checked / "tools")
     write_script(checked / ".venv/bin/python", "#!/bin/sh\nprintf '%s,' \"$@\"\n")
     return subprocess.run(
@@ -130,8 +147,8 @@ def run_tests(checked: Path, commands: Path, *arguments: str) -> subprocess.Comp
     )
 
 
-def install_slurm(folder: Path) -> None:
-    for name in ("slurmctld", "slurmd", "sbatch", "munged"):
+def install_slurm_and_chromium(folder: Path) -> None:
+    for name in ("slurmctld", "slurmd", "sbatch", "munged", "chromium"):
         write_script(folder / name, "#!/bin/sh\n")
 
 
@@ -144,7 +161,7 @@ def install_slurm(folder: Path) -> None:
     ],
 )
 def test_gpu_tests_are_deselected_where_there_is_no_gpu(checked, commands, driver_output, levels):
-    install_slurm(checked / "machine")
+    install_slurm_and_chromium(checked / "machine")
     if driver_output is not None:
         write_script(checked / "machine/nvidia-smi", f"#!/bin/sh\necho '{driver_output}'\n")
 
@@ -154,7 +171,7 @@ def test_gpu_tests_are_deselected_where_there_is_no_gpu(checked, commands, drive
 
 
 def test_slurm_tests_are_deselected_with_a_line_where_slurm_is_missing(checked, commands):
-    install_slurm(checked / "machine")
+    install_slurm_and_chromium(checked / "machine")
     (checked / "machine/sbatch").unlink()
 
     result = run_tests(checked, commands)
@@ -167,6 +184,20 @@ def test_slurm_tests_are_deselected_with_a_line_where_slurm_is_missing(checked, 
         "--no-install-recommends slurmctld slurmd slurm-client munge\n"
     )
     assert chosen.stderr == ""
+
+
+def test_browser_tests_are_deselected_with_a_line_where_chromium_is_missing(checked, commands):
+    install_slurm_and_chromium(checked / "machine")
+    (checked / "machine/chromium").unlink()
+
+    result = run_tests(checked, commands)
+
+    levels = "not slow and not browser and not gpu"
+    assert result.stdout == f"-m,pytest,-n,2,--dist,loadfile,-m,{levels},"
+    assert result.stderr == (
+        "left out: tests of the level browser. Chromium is missing: apt-get install "
+        "--no-install-recommends chromium\n"
+    )
 
 
 def test_slurm_tests_alone_stop_where_slurm_is_missing_and_name_what_to_install(checked):

@@ -1,0 +1,95 @@
+"""Make a report: fit the runs, draw the figures, write Markdown and the page.
+
+Files appear under their names when they are whole; a second report replaces the first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from megatron_mup.data.publication import check_writable, explained_failure, publish_text
+from megatron_mup.transfer.fits import Verdict
+from megatron_mup.transfer.report.contents import axis_figure, write_contents
+from megatron_mup.transfer.report.figure_arms import draw_arms
+from megatron_mup.transfer.report.figure_axes import draw_axis
+from megatron_mup.transfer.report.figure_curves import draw_curves
+from megatron_mup.transfer.report.figure_optima import draw_optima
+from megatron_mup.transfer.report.figure_style import write_figure
+from megatron_mup.transfer.report.markdown import to_markdown
+from megatron_mup.transfer.report.page import to_html
+from megatron_mup.transfer.report.study import Study, study_rows
+from megatron_mup.transfer.runs import Row
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """A report that was written.
+
+    Attributes:
+        markdown: ``report.md``.
+        page: ``report.html``, which needs no other file.
+        figures: ``figures/*.svg`` and ``*.png``.
+        verdicts: name of each arm -> what its runs say.
+    """
+
+    markdown: Path
+    page: Path
+    figures: tuple[Path, ...]
+    verdicts: Mapping[str, Verdict]
+
+
+def make_report(
+    rows: Sequence[Row],
+    folder: Path,
+    *,
+    title: str,
+    level: float = 0.9,
+    command: str = "",
+    source: str = "",
+) -> Report:
+    """Fit runs and write their report.
+
+    Args:
+        rows: of one sweep, of one scaled axis.
+        folder: of the report; made if missing.
+        title: of the report.
+        level: probability that the intervals hold, between 0 and 1.
+        command: that makes this report, to be printed in it.
+        source: table that the rows come from, to be printed in it.
+
+    Returns:
+        Where everything is, and the verdicts.
+
+    Raises:
+        DataError: there is nothing to report, or the folder cannot be written.
+    """
+    markdown, page = folder / "report.md", folder / "report.html"
+    figures = folder / "figures"
+    check_writable([markdown, page, figures / "x"], overwrite=True, option="--out")
+    study = study_rows(rows, level=level)
+    document = write_contents(study, title=title, command=command, source=source)
+    drawings = {}
+    with explained_failure(folder, "--out"):
+        for name, draw in _figures(study).items():
+            drawings[name] = write_figure(draw, figures, name)
+        publish_text(markdown, to_markdown(document))
+        publish_text(page, to_html(document, drawings))
+    files = tuple(figures / f"{name}.{suffix}" for name in drawings for suffix in ("svg", "png"))
+    verdicts = {arm.name: arm.verdict for arm in study.arms}
+    return Report(markdown=markdown, page=page, figures=files, verdicts=verdicts)
+
+
+def _figures(study: Study) -> dict[str, Callable[[], Any]]:
+    """What draws each figure, by the name that the contents give it."""
+    drawn: dict[str, Callable[[], Any]] = {
+        "loss_curves": partial(draw_curves, study),
+        "optima": partial(draw_optima, study),
+        "arms": partial(draw_arms, study),
+    }
+    for index, option in enumerate(study.further_axes):
+        drawn[axis_figure(index)] = partial(draw_axis, study, option)
+    return drawn

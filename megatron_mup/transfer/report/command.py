@@ -1,0 +1,122 @@
+"""``megatron-mup sweep report``: which table to read, where the report goes, what to print."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from megatron_mup.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from megatron_mup.transfer.report.build import Report
+    from megatron_mup.transfer.runs import Row
+
+TABLE = "runs.csv"
+"""Table of a sweep's folder."""
+
+
+Source = Annotated[
+    Path,
+    typer.Argument(help="Folder of a sweep, or a table: CSV or Parquet.", metavar="DIR|TABLE"),
+]
+Out = Annotated[
+    Path | None,
+    typer.Option("--out", help="Folder of the report; unset: report, beside the table."),
+]
+Columns = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--column",
+        help="Of another program's CSV: NAME=COLUMN, such as width=n_embd, lr=learning_rate, "
+        "loss=val/loss; once for each.",
+    ),
+]
+Level = Annotated[float, typer.Option("--level", help="Probability that the intervals hold.")]
+Title = Annotated[
+    str | None, typer.Option("--title", help="Of the report; unset: the sweep's name.")
+]
+
+
+def report_command(
+    source: Source,
+    out: Out = None,
+    column: Columns = None,
+    level: Level = 0.9,
+    title: Title = None,
+) -> None:
+    """Fit a sweep's runs; write report.md, report.html and figures; print the verdicts."""
+    if not 0 < level < 1:
+        raise ConfigError(f"--level {level} is no probability; give a number between 0 and 1")
+    table = table_of(source)
+    rows = rows_of(table, column or [])
+    if title is None:
+        title = f"Learning-rate transfer: {', '.join(sorted({row.sweep for row in rows}))}"
+    folder = out if out is not None else table.parent / "report"
+    # Late, because fits and figures take a second to import, and errors above are to come at once.
+    from megatron_mup.transfer.report.build import make_report
+
+    words = ["megatron-mup", "sweep", "report", str(source)]
+    words += ["--out", str(out)] if out is not None else []
+    words += [word for item in column or [] for word in ("--column", item)]
+    words += ["--level", f"{level:g}"] if level != 0.9 else []
+    report = make_report(
+        rows, folder, title=title, level=level, command=shlex.join(words), source=str(table)
+    )
+    for line in summary(report):
+        typer.echo(line)
+
+
+def table_of(source: Path) -> Path:
+    """The table to read: of a sweep's folder, or the file itself.
+
+    Raises:
+        DataError: there is none.
+    """
+    table = source / TABLE if source.is_dir() else source
+    if not table.is_file():
+        raise DataError(
+            f"no table of runs at '{table}'; give the folder of 'megatron-mup sweep run --out', or "
+            "a CSV or Parquet file"
+        )
+    return table
+
+
+def rows_of(table: Path, columns: Sequence[str]) -> list[Row]:
+    """Rows of a table, of another program where columns are named.
+
+    Args:
+        table: that exists.
+        columns: ``NAME=COLUMN``, none for a table of this package.
+
+    Raises:
+        ConfigError: a column is named in another form, or twice.
+        DataError: the table cannot be read.
+    """
+    from megatron_mup.transfer.runs import read_foreign, read_rows
+
+    if not columns:
+        return read_rows(table)
+    mapping: dict[str, str] = {}
+    for item in columns:
+        name, equals, column = item.partition("=")
+        if not (name and equals and column):
+            raise ConfigError(f"--column '{item}' must be NAME=COLUMN, such as width=n_embd")
+        if name in mapping:
+            raise ConfigError(f"--column {name} is given twice: {mapping[name]} and {column}")
+        mapping[name] = column
+    return read_foreign(table, mapping)
+
+
+def summary(report: Report) -> list[str]:
+    """What the command prints: each verdict, and where the report is."""
+    from megatron_mup.transfer.report.wording import sentence
+
+    lines = [
+        f"{name}: {verdict.outcome}. {sentence(verdict.because)}"
+        for name, verdict in report.verdicts.items()
+    ]
+    return [*lines, f"report: {report.page} (also {report.markdown.name}, figures/)"]

@@ -1,0 +1,119 @@
+"""``megatron-mup sweep``: reads arguments, calls one function, prints."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megatron_mup.command_help import PlainCommand
+from megatron_mup.transfer.report.command import report_command
+
+app = typer.Typer(no_args_is_help=True)
+app.command("report", cls=PlainCommand)(report_command)
+
+SweepYaml = Annotated[Path, typer.Argument(help="YAML of the sweep.", metavar="CONFIG")]
+Folder = Annotated[Path, typer.Argument(help="The sweep's folder.", metavar="DIR")]
+Out = Annotated[Path, typer.Option("--out", help="Folder of the table and all the rest.")]
+Text = Annotated[
+    list[Path] | None,
+    typer.Option("--text", help="Text or JSONL file; unset takes installed Python sources."),
+]
+Workers = Annotated[
+    int | None,
+    typer.Option("--workers", help="Runs at a time; unset: one a GPU share, or one a core."),
+]
+Threads = Annotated[
+    int | None, typer.Option("--threads", help="Of each worker; unset: cores divided by workers.")
+]
+GpuShare = Annotated[int, typer.Option("--gpu-share", help="Workers that share a GPU.")]
+Only = Annotated[
+    list[str] | None,
+    typer.Option("--only", help="Run this arm or size only.", metavar="ARM[/SIZE]"),
+]
+MaxCells = Annotated[
+    int | None, typer.Option("--max-cells", min=1, help="Start no more than so many cells.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command("run", cls=PlainCommand)
+def run_command(
+    config: SweepYaml,
+    out: Out,
+    text: Text = None,
+    workers: Workers = None,
+    threads: Threads = None,
+    gpu_share: GpuShare = 1,
+    only: Only = None,
+    max_cells: MaxCells = None,
+) -> None:
+    """Run what the folder has no row of; ends with 1 if cells failed, 75 if interrupted."""
+    from megatron_mup.transfer.sweep.pool import cores_of_machine, divide_machine, gpus_of_machine
+    from megatron_mup.transfer.sweep.session import RunRequest, run_sweep
+
+    share = divide_machine(
+        workers=workers,
+        threads=threads,
+        gpu_share=gpu_share,
+        cores=cores_of_machine(),
+        gpus=gpus_of_machine(),
+    )
+    request = RunRequest(
+        config=config,
+        out=out,
+        text=tuple(text or ()),
+        share=share,
+        only=tuple(only or ()),
+        max_cells=max_cells,
+    )
+    code = run_sweep(request, typer.echo)
+    if code:
+        raise typer.Exit(code)
+
+
+@app.command("plan", cls=PlainCommand)
+def plan_command(
+    config: SweepYaml,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of 'sweep run'; its runs make time estimates.")
+    ] = None,
+) -> None:
+    """Print sizes, lengths and cost; nothing is run or written."""
+    from megatron_mup.transfer.runs import read_rows
+    from megatron_mup.transfer.sweep.cells import make_cells
+    from megatron_mup.transfer.sweep.folder import SweepFolder
+    from megatron_mup.transfer.sweep.plan_report import render_plan
+    from megatron_mup.transfer.sweep.session import check_text
+    from megatron_mup.transfer.sweep.spec import load_sweep
+
+    sweep = load_sweep(config)
+    folder = SweepFolder(out or Path("sweep"))
+    cells = make_cells(sweep, folder.data)
+    check_text(sweep, cells, ())
+    rows = {} if out is None else {row.cell: row for row in read_rows(folder.table)}
+    typer.echo(render_plan(sweep, cells, rows))
+
+
+@app.command("status", cls=PlainCommand)
+def status_command(folder: Folder, as_json: AsJson = False) -> None:
+    """Print what has ended, what runs, and how long the rest takes."""
+    from megatron_mup.transfer.sweep.folder import SweepFolder
+    from megatron_mup.transfer.sweep.status_report import render_status, sweep_status
+
+    status = sweep_status(SweepFolder(folder))
+    typer.echo(json.dumps(status, indent=1) if as_json else render_status(status))
+
+
+@app.command("config", cls=PlainCommand)
+def config_command(
+    folder: Folder,
+    cell: Annotated[str, typer.Argument(help="Its id in runs.csv, or the beginning of it.")],
+) -> None:
+    """Print a cell's YAML for 'megatron-mup train --config'."""
+    from megatron_mup.transfer.sweep.cell_yaml import cell_yaml
+    from megatron_mup.transfer.sweep.folder import SweepFolder
+
+    typer.echo(cell_yaml(SweepFolder(folder), cell), nl=False)

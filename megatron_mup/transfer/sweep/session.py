@@ -1,0 +1,240 @@
+"""One ``megatron-mup sweep run``: checks, data, missing runs, table."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_mup import exit_codes
+from megatron_mup.data.blend import parse_blend, valid_paths
+from megatron_mup.data.shard_sets import set_tokens
+from megatron_mup.errors import ConfigError, DataError
+from megatron_mup.transfer.quickstart_data import make_shards
+from megatron_mup.transfer.runs import Row, Status, read_rows, write_parquet
+from megatron_mup.transfer.sweep.base import left_out_of_base
+from megatron_mup.transfer.sweep.cells import Cell, make_cells
+from megatron_mup.transfer.sweep.folder import SweepFolder
+from megatron_mup.transfer.sweep.order import SeedsNearMinimum
+from megatron_mup.transfer.sweep.pool import Share
+from megatron_mup.transfer.sweep.results import origin_of
+from megatron_mup.transfer.sweep.runner import Ending, Limits, run_cells
+from megatron_mup.transfer.sweep.spec import Sweep, load_sweep
+
+SOME_FAILED = 1
+"""Exit code of a sweep that is through, but has failed cells."""
+
+Print = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRequest:
+    """What the command line says.
+
+    Attributes:
+        config: the sweep's YAML.
+        out: the sweep's folder.
+        text: files for tokenizer and shards; empty: installed Python sources.
+        share: processes to use.
+        only: ``ARM`` or ``ARM/SIZE``; empty: all.
+        max_cells: start no more than so many; None: no limit.
+    """
+
+    config: Path
+    out: Path
+    text: tuple[Path, ...]
+    share: Share
+    only: tuple[str, ...] = ()
+    max_cells: int | None = None
+
+
+def run_sweep(request: RunRequest, echo: Print) -> int:
+    """Run what the folder has no row of.
+
+    Args:
+        request: what to run and where.
+        echo: receives progress lines.
+
+    Returns:
+        The process's exit code: 0 if all is there, 1 if cells failed, 75 after a request to stop.
+
+    Raises:
+        MupError: before anything runs, if the YAML, a configuration or the data do not fit.
+    """
+    sweep = load_sweep(request.config)
+    folder = SweepFolder(request.out)
+    cells = make_cells(sweep, folder.data)
+    limits = Limits(
+        only=selected_ids(cells, request.only) if request.only else None,
+        max_cells=request.max_cells,
+        checkpoint_fraction=sweep.checkpoint_fraction,
+        keep_checkpoints=sweep.keep_checkpoints,
+    )
+    check_text(sweep, cells, request.text)
+    for option in left_out_of_base(sweep):
+        echo(f"base: {option} is left out; the sweep places checkpoints and logs itself")
+    with folder.locked():
+        prepare_data(sweep, cells, folder=folder, text=request.text, echo=echo)
+        ending = _run_locked(sweep, cells, folder, limits=limits, share=request.share, echo=echo)
+    return _end(ending, folder, echo)
+
+
+def _run_locked(
+    sweep: Sweep,
+    cells: Sequence[Cell],
+    folder: SweepFolder,
+    *,
+    limits: Limits,
+    share: Share,
+    echo: Print,
+) -> Ending:
+    """Compare with what is on record, and run the rest; the folder is held and has its data."""
+    origin = origin_of(sweep.name, cells[0].run)
+    rows = {row.cell: row for row in read_rows(folder.table)}
+    check_same_data(cells, rows, origin.data_sha256)
+    folder.write_sweep(sweep)
+    for line in record_lines(cells, rows):
+        echo(line)
+    try:
+        return run_cells(
+            SeedsNearMinimum(cells, sweep.seeds_within_octaves),
+            rows,
+            folder=folder,
+            origin=origin,
+            share=share,
+            limits=limits,
+            echo=echo,
+        )
+    finally:
+        shutil.rmtree(folder.cache, ignore_errors=True)
+        write_parquet(folder.parquet, read_rows(folder.table))
+
+
+def _end(ending: Ending, folder: SweepFolder, echo: Print) -> int:
+    made = [ending.rows[cell_id] for cell_id in ending.made]
+    counts = {status: sum(row.status is status for row in made) for status in Status}
+    told = ", ".join(f"{count} {status.value}" for status, count in counts.items() if count)
+    echo(f"{len(made)} runs ended ({told or 'nothing was missing'}); table: {folder.table}")
+    if ending.interrupted:
+        echo("interrupted; the same command goes on from here")
+        return exit_codes.STOPPED_SAVED
+    if counts[Status.FAILED]:
+        echo(f"failed runs are tried again by the same command; logs: {folder.workers}")
+        return SOME_FAILED
+    return exit_codes.FINISHED
+
+
+def selected_ids(cells: Sequence[Cell], only: Sequence[str]) -> frozenset[str]:
+    """Ids of the cells that ``--only`` names.
+
+    Args:
+        cells: of the sweep.
+        only: ``ARM`` or ``ARM/SIZE``.
+
+    Raises:
+        ConfigError: a name that no cell has.
+    """
+    chosen: set[str] = set()
+    for name in only:
+        found = {cell.id for cell in cells if name in (cell.arm, f"{cell.arm}/{cell.size:g}")}
+        if not found:
+            known = dict.fromkeys(f"{cell.arm}/{cell.size:g}" for cell in cells)
+            raise ConfigError(f"--only {name} names no cell; use an arm or one of {list(known)}")
+        chosen |= found
+    return frozenset(chosen)
+
+
+def _valid_positions(cells: Sequence[Cell]) -> int:
+    """Most positions that an evaluation reads."""
+    return max(
+        cell.run.training.eval_iters
+        * cell.run.training.global_batch_size
+        * cell.run.model.seq_length
+        for cell in cells
+    )
+
+
+def check_text(sweep: Sweep, cells: Sequence[Cell], text: Sequence[Path]) -> None:
+    """Refuse what cannot work before a text is read.
+
+    Raises:
+        ConfigError: ``--text`` without ``text``, or too few held-out tokens are asked for.
+    """
+    if sweep.text is None:
+        if text:
+            raise ConfigError(
+                f"--text {text[0]} needs 'text: {{vocab_size: ...}}' in the YAML, but the base "
+                "names shards; remove one of them"
+            )
+        return
+    held_out, needed = sweep.text.valid_tokens, _valid_positions(cells)
+    if held_out is not None and held_out <= needed:
+        raise ConfigError(
+            f"text.valid_tokens is {held_out:,}, but an evaluation reads {needed:,} positions and "
+            "one token more; raise text.valid_tokens or lower run.eval_tokens"
+        )
+
+
+def prepare_data(
+    sweep: Sweep, cells: Sequence[Cell], *, folder: SweepFolder, text: Sequence[Path], echo: Print
+) -> None:
+    """Make the shards if the sweep does so, and check that they serve every cell.
+
+    Raises:
+        DataError: shards are missing, do not fit the model or are too short.
+    """
+    # Imports torch, which a refused YAML need not wait for.
+    from megatron_mup.data.checks import check_epochs, check_training_data
+
+    if sweep.text is not None:
+        make_shards(
+            folder.data,
+            text=text,
+            corpus_bytes=sweep.text.corpus_bytes,
+            vocab_size=sweep.text.vocab_size,
+            valid_tokens=sweep.text.valid_tokens or _valid_positions(cells) + 1,
+            echo=echo,
+        )
+    for run in {cell.curve: cell.run for cell in cells}.values():
+        check_training_data(run)
+        training, seq_length = run.training, run.model.seq_length
+        check_epochs(run, training.train_iters * training.global_batch_size)
+        sequences = training.eval_iters * training.global_batch_size
+        held_out = sum(set_tokens(Path(prefix)) for prefix in parse_blend(valid_paths(run))[0])
+        # A label more than positions.
+        if (held_out - 1) // seq_length < sequences:
+            raise DataError(
+                f"the held-out shards have {held_out:,} tokens, but an evaluation reads "
+                f"{sequences * seq_length:,} positions and one token more (run.eval_tokens or "
+                "base.training.eval_iters, in whole batches); lower that or hold out more text"
+            )
+
+
+def check_same_data(cells: Sequence[Cell], rows: Mapping[str, Row], data_sha256: str) -> None:
+    """Refuse to mix runs on different data in one table.
+
+    Raises:
+        DataError: a row of the plan was trained on other shards.
+    """
+    for cell in cells:
+        row = rows.get(cell.id)
+        if row is not None and row.data_sha256 != data_sha256:
+            raise DataError(
+                f"run {cell.id} ({cell.words}) is on record with other shards (data_sha256 "
+                f"{row.data_sha256[:12]}, now {data_sha256[:12]}); restore them or choose another "
+                "--out"
+            )
+
+
+def record_lines(cells: Sequence[Cell], rows: Mapping[str, Row]) -> list[str]:
+    """What is on record already, in words."""
+    ids = {cell.id for cell in cells}
+    own = sum(cell_id in ids for cell_id in rows)
+    lines = [f"{own} of up to {len(cells)} runs are on record"] if own else []
+    if len(rows) > own:
+        lines.append(
+            f"{len(rows) - own} runs on record belong to no cell of this YAML; they stay in the "
+            "table"
+        )
+    return lines

@@ -1,0 +1,227 @@
+"""The sweep's YAML, strictly read into a frozen ``Sweep``; docs/sweeps.md is its reference.
+
+Says what is asked for; what follows from it for each run is ``cells``. Must not import torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from megatron_mup.config_io import read_sections
+from megatron_mup.transfer.runs import AXES
+from megatron_mup.transfer.sweep.reading import Part, read_yaml
+
+DEFAULT_CORPUS_BYTES = 6_000_000
+
+
+class TokenRule(StrEnum):
+    """How long a run is."""
+
+    FIXED_TOKENS = "fixed_tokens"
+    FIXED_TOKENS_PER_PARAMETER = "fixed_tokens_per_parameter"
+
+
+class Counted(StrEnum):
+    """Which parameters a token rule counts."""
+
+    TOTAL = "total"
+    NON_EMBEDDING = "non_embedding"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenBudget:
+    """Positions that a run trains on.
+
+    Attributes:
+        rule: what stays the same over sizes.
+        amount: tokens, or tokens per parameter.
+        parameters: which of them count.
+    """
+
+    rule: TokenRule
+    amount: float
+    parameters: Counted = Counted.TOTAL
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextOptions:
+    """Tokenizer and shards that the sweep makes for itself.
+
+    Attributes:
+        vocab_size: ids of the tokenizer.
+        valid_tokens: least held-out tokens; None: what the evaluation reads.
+        corpus_bytes: how much installed text to take where no file is given.
+    """
+
+    vocab_size: int
+    valid_tokens: int | None
+    corpus_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """What a sweep's YAML asks for.
+
+    Attributes:
+        name: of the sweep.
+        base: sections of a training configuration.
+        axis: what is scaled, one of ``AXES``.
+        sizes: values on that axis, increasing.
+        log2_lrs: log2 of the peak base learning rates, increasing.
+        seeds: of weights and data order; the first one runs everywhere.
+        seeds_within_octaves: further seeds run only this near to the first seed's lowest loss.
+        tokens: length of runs; None: ``training.train_iters`` of the base.
+        warmup_fraction: of the run; None: ``schedule.lr_warmup_iters`` of the base.
+        arms: name -> options that differ from the base.
+        axes: option -> values; every combination runs.
+        text: make tokenizer and shards; None: the base names shards.
+        eval_tokens: positions of the evaluation; None: ``training.eval_iters`` of the base.
+        checkpoint_fraction: part of a run between checkpoints; None: no checkpoints.
+        keep_checkpoints: keep each run's last checkpoint.
+        document: the YAML as plain data, with the base in it.
+    """
+
+    name: str
+    base: Mapping[str, Mapping[str, Any]]
+    axis: str
+    sizes: tuple[float, ...]
+    log2_lrs: tuple[float, ...]
+    seeds: tuple[int, ...]
+    seeds_within_octaves: float | None
+    tokens: TokenBudget | None
+    warmup_fraction: float | None
+    arms: Mapping[str, Mapping[str, Any]]
+    axes: Mapping[str, tuple[Any, ...]]
+    text: TextOptions | None
+    eval_tokens: int | None
+    checkpoint_fraction: float | None
+    keep_checkpoints: bool
+    document: Mapping[str, Any]
+
+
+def load_sweep(path: Path) -> Sweep:
+    """Read and check a sweep's YAML.
+
+    Args:
+        path: the file; a ``base`` that is a path lies beside it.
+
+    Returns:
+        The sweep.
+
+    Raises:
+        ConfigError: unreadable file, unknown key (the known ones are listed), wrong value.
+    """
+    data = read_yaml(path)
+    if isinstance(data, dict) and isinstance(data.get("base"), str):
+        data = {**data, "base": read_sections(path.parent / data["base"])}
+    return sweep_from_dict(data, origin=str(path))
+
+
+_KEYS = (
+    "name",
+    "base",
+    "scale",
+    "learning_rate",
+    "seeds",
+    "seeds_within_octaves",
+    "tokens",
+    "warmup_fraction",
+    "arms",
+    "axes",
+    "text",
+    "run",
+)
+
+
+def sweep_from_dict(data: Any, *, origin: str) -> Sweep:
+    """Build a sweep from plain data; see ``load_sweep``."""
+    top = Part(data, origin, "", _KEYS)
+    scale = top.part("scale", ("axis", "values"))
+    axis = scale.choice("axis", AXES)
+    run = top.part("run", ("eval_tokens", "checkpoint_fraction", "keep_checkpoints"), empty=True)
+    seeds = top.numbers("seeds", default=[1], whole=True)
+    return Sweep(
+        name=top.name("name"),
+        base={str(key): dict(value) for key, value in top.mappings("base").items()},
+        axis=axis,
+        sizes=_sizes(scale, axis),
+        log2_lrs=_grid(top.part("learning_rate", ("log2_min", "log2_max", "step", "log2"))),
+        seeds=tuple(int(seed) for seed in seeds),
+        seeds_within_octaves=top.number("seeds_within_octaves", least=0.0),
+        tokens=_budget(top, axis),
+        warmup_fraction=top.number("warmup_fraction", least=0.0, most=1.0),
+        arms=_arms(top),
+        axes={option: tuple(values) for option, values in top.lists("axes").items()},
+        text=_text(top),
+        eval_tokens=run.count("eval_tokens"),
+        checkpoint_fraction=run.number("checkpoint_fraction", above=0.0, most=1.0),
+        keep_checkpoints=run.flag("keep_checkpoints"),
+        document=dict(data),
+    )
+
+
+def _sizes(scale: Part, axis: str) -> tuple[float, ...]:
+    sizes = scale.numbers("values", whole=True, increasing=True)
+    if sizes[0] <= 0:
+        raise scale.error("values", f"holds {sizes[0]:g}; sizes on the axis {axis} are positive")
+    return tuple(sizes)
+
+
+def _grid(rates: Part) -> tuple[float, ...]:
+    """The learning rates as listed, or from ``log2_min`` to ``log2_max`` both included."""
+    ends = ("log2_min", "log2_max", "step")
+    if rates.has("log2"):
+        if any(rates.has(key) for key in ends):
+            raise rates.error("log2", "is given together with log2_min, log2_max or step; choose")
+        return tuple(rates.numbers("log2", increasing=True))
+    low, high = rates.required_number("log2_min"), rates.required_number("log2_max")
+    step = rates.required_number("step", above=0.0)
+    count = round((high - low) / step)
+    if count < 0 or not math.isclose(low + count * step, high, abs_tol=1e-9):
+        raise rates.error(
+            "step", f"{step:g} does not lead from log2_min {low:g} to log2_max {high:g}"
+        )
+    return tuple(low + index * step for index in range(count + 1))
+
+
+def _budget(top: Part, axis: str) -> TokenBudget | None:
+    if not top.has("tokens"):
+        return None
+    if axis == "tokens":
+        raise top.error("tokens", "is given, but scale.axis tokens takes them from scale.values")
+    tokens = top.part("tokens", ("rule", "tokens", "tokens_per_parameter", "parameters"))
+    rule = TokenRule(tokens.choice("rule", list(TokenRule)))
+    fixed = rule is TokenRule.FIXED_TOKENS
+    own, other = ("tokens", "tokens_per_parameter") if fixed else ("tokens_per_parameter", "tokens")
+    if tokens.has(other) or (fixed and tokens.has("parameters")):
+        wrong = other if tokens.has(other) else "parameters"
+        raise tokens.error(wrong, f"does not belong to rule {rule}, which takes {own}")
+    counted = Counted(tokens.choice("parameters", list(Counted), default=Counted.TOTAL))
+    amount = tokens.required_number(own, above=0.0)
+    return TokenBudget(rule=rule, amount=amount, parameters=counted)
+
+
+def _arms(top: Part) -> dict[str, Mapping[str, Any]]:
+    arms = top.mappings("arms", default={"base": {}})
+    if not arms:
+        raise top.error("arms", "is empty; name a variant or leave it out")
+    return {top.checked_name("arms", name): dict(options) for name, options in arms.items()}
+
+
+def _text(top: Part) -> TextOptions | None:
+    if not top.has("text"):
+        return None
+    text = top.part("text", ("vocab_size", "valid_tokens", "corpus_bytes"))
+    vocabulary = text.count("vocab_size")
+    if vocabulary is None:
+        raise text.error("vocab_size", "is missing; give the number of ids, such as 1024")
+    return TextOptions(
+        vocab_size=vocabulary,
+        valid_tokens=text.count("valid_tokens"),
+        corpus_bytes=text.count("corpus_bytes") or DEFAULT_CORPUS_BYTES,
+    )

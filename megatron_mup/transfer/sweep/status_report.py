@@ -1,0 +1,110 @@
+"""``megatron-mup sweep status``: what the table and the state file say, as JSON and as text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from megatron_mup.transfer.runs import Row, Status, read_rows
+from megatron_mup.transfer.sweep.cells import Cell, make_cells
+from megatron_mup.transfer.sweep.folder import SweepFolder
+from megatron_mup.transfer.sweep.order import SeedsNearMinimum
+from megatron_mup.transfer.sweep.progress import Progress, duration
+
+_COLUMNS = ("ended", "running", "diverged", "failed", "lowest loss", "at log2 LR")
+
+
+def sweep_status(folder: SweepFolder) -> dict[str, Any]:
+    """State of a sweep's folder, as plain data.
+
+    Args:
+        folder: that ``sweep run`` writes, running or not.
+
+    Raises:
+        MupError: it is no sweep's folder.
+    """
+    sweep = folder.read_sweep()
+    cells = make_cells(sweep, folder.data)
+    rows = {row.cell: row for row in read_rows(folder.table)}
+    owner = folder.owner()
+    state = folder.read_state()
+    # A state that nobody owns tells what ran when its command ended.
+    running = state.get("running", []) if owner else []
+    progress = Progress(SeedsNearMinimum(cells, sweep.seeds_within_octaves), rows, selected=None)
+    ids = {cell.id for cell in cells}
+    return {
+        "sweep": sweep.name,
+        "axis": sweep.axis,
+        "owner": owner,
+        "updated": state.get("updated"),
+        **progress.summary(len(running)),
+        "rows_of_other_cells": sum(cell_id not in ids for cell_id in rows),
+        "running": running,
+        "curves": _curves(cells, rows, [item["cell"] for item in running]),
+    }
+
+
+def _curves(
+    cells: Sequence[Cell], rows: Mapping[str, Row], running: Sequence[str]
+) -> list[dict[str, Any]]:
+    """For each arm, size and setting: what ran, and the lowest loss so far."""
+    groups: dict[object, list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault(cell.curve, []).append(cell)
+    curves = []
+    for group in groups.values():
+        done = [rows[cell.id] for cell in group if cell.id in rows]
+        finished = [row for row in done if row.status is Status.FINISHED]
+        best = min(finished, key=lambda row: row.validation_loss, default=None)
+        curves.append(
+            {
+                "arm": group[0].arm,
+                "size": group[0].size,
+                "settings": dict(group[0].settings),
+                "ended": len(done),
+                "running": sum(cell.id in running for cell in group),
+                "diverged": sum(row.status is Status.DIVERGED for row in done),
+                "failed": sum(row.status is Status.FAILED for row in done),
+                "lowest_loss": None if best is None else best.validation_loss,
+                "at_log2_lr": None if best is None else best.log2_lr,
+            }
+        )
+    return curves
+
+
+def render_status(status: Mapping[str, Any]) -> str:
+    """The status as text."""
+    counts = ", ".join(f"{count} {name}" for name, count in status["counts"].items() if count)
+    total = str(status["total"])
+    if status["undecided"]:
+        total += f" to {status['total'] + status['undecided']}"
+    lines = [
+        f"sweep {status['sweep']}: {status['done']} of {total} runs ended ({counts or 'none yet'})",
+        f"running: {status['owner']}" if status["owner"] else "not running",
+    ]
+    if status["worker_seconds_left"]:
+        lines.append(f"left: about {duration(status['worker_seconds_left'])} of one worker")
+    if status["rows_of_other_cells"]:
+        lines.append(f"{status['rows_of_other_cells']} runs in the table belong to no cell of it")
+    lines += [
+        f"  {item['words']}: iteration {item['iteration']} of {item['train_iters']}, "
+        f"{duration(item['seconds'])}"
+        for item in status["running"]
+    ]
+    lines += [
+        "",
+        f"| arm | {status['axis']} | {' | '.join(_COLUMNS)} |",
+        "|" + " ---: |" * (2 + len(_COLUMNS)),
+        *map(_curve_line, status["curves"]),
+    ]
+    return "\n".join(lines)
+
+
+def _curve_line(curve: Mapping[str, Any]) -> str:
+    loss = "-" if curve["lowest_loss"] is None else f"{curve['lowest_loss']:.4f}"
+    rate = "-" if curve["at_log2_lr"] is None else f"{curve['at_log2_lr']:g}"
+    further = "".join(f" {key}={value}" for key, value in curve["settings"].items())
+    return (
+        f"| {curve['arm']}{further} | {curve['size']:g} | {curve['ended']} | {curve['running']} | "
+        f"{curve['diverged']} | {curve['failed']} | {loss} | {rate} |"
+    )

@@ -1,0 +1,183 @@
+"""What is told of a sweep: its plan, its progress, its status."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_mup.errors import ConfigError
+from megatron_mup.transfer.runs import Row, Status, append_row
+from megatron_mup.transfer.sweep.cell_yaml import cell_yaml
+from megatron_mup.transfer.sweep.cells import Cell
+from megatron_mup.transfer.sweep.folder import SweepFolder
+from megatron_mup.transfer.sweep.plan_report import plan_lines, render_plan
+from megatron_mup.transfer.sweep.progress import Rates, duration
+from megatron_mup.transfer.sweep.status_report import render_status, sweep_status
+from tests.transfer.sweep.sweeps import cells_of, sweep_of
+from tests.transfer.test_runs import ROW
+
+_ARMS = {"mup": {}, "sp": {"parameterization.name": "sp"}}
+
+
+def finished(cell: Cell, seconds: float, loss: float = 3.0) -> Row:
+    return replace(
+        ROW,
+        cell=cell.id,
+        arm=cell.arm,
+        size=cell.size,
+        log2_lr=cell.log2_lr,
+        seed=cell.seed,
+        seconds=seconds,
+        validation_loss=loss,
+    )
+
+
+def test_the_plan_counts_parameters_steps_and_flops() -> None:
+    small, large = plan_lines(cells_of(arms=_ARMS))
+    assert (small.size, small.arms) == (32.0, ("mup", "sp"))
+    # 12 M^2 in the layer and 96 M in each of embedding and unembedding.
+    assert (small.parameters, small.non_embedding_parameters) == (18_432, 12_288)
+    assert (large.parameters, large.non_embedding_parameters) == (61_440, 49_152)
+    assert (large.steps, large.tokens) == (10, 640)
+    assert (large.first_runs, large.all_runs) == (4, 8)
+    # Of a sequence 3 x 2 x 16 x (12 x 64^2 + 2 x 16 x 64 + 96 x 64); 10 steps and 2/3 for 2
+    # batches of evaluation, of 4 sequences.
+    assert large.flops == pytest.approx(5_505_024 * 4 * (10 + 2 / 3))
+
+
+def test_arms_of_other_models_have_lines_of_their_own() -> None:
+    arms = {"mup": {}, "wide": {"ffn_multiplier": 8}}
+    lines = plan_lines(cells_of(arms=arms))
+    assert [(line.size, line.arms, line.parameters) for line in lines] == [
+        (32.0, ("mup",), 18_432),
+        (64.0, ("mup",), 61_440),
+        (32.0, ("wide",), 18_432 + 8 * 32**2),
+        (64.0, ("wide",), 61_440 + 8 * 64**2),
+    ]
+
+
+def test_the_plan_as_text_tells_cost_and_time() -> None:
+    sweep, cells = sweep_of(arms=_ARMS), cells_of(arms=_ARMS)
+    text = render_plan(sweep, cells, {})
+    assert "| 64 | all | 61,440 | 49,152 | 10 | 640 | 2.35e+08 | 4 to 8 |" in text
+    # 4 runs each of 2.349e8 and 6.711e7 FLOPs with the first seed.
+    assert "whole cost: 8 to 16 runs, 1.21e+09 to 2.42e+09 model FLOPs" in text
+    assert "time: not known before runs have finished" in text
+    rows = {
+        cell.id: finished(cell, 100.0) for cell in cells if cell.words.startswith("mup width 64")
+    }
+    known = render_plan(sweep, cells, rows)
+    # Two of sp at width 64, 100 s each, and four at width 32 of 28.6 s are 314 s; so are the
+    # undecided ones.
+    assert "left: 6 runs, about 5 min to 10 min of one worker" in known
+
+
+def test_time_goes_by_the_nearest_cost() -> None:
+    cells = cells_of(scale={"axis": "width", "values": [32, 64, 512]})
+    by_size = {cell.size: cell for cell in cells}
+    rows = {
+        by_size[32].id: finished(by_size[32], 4.0),
+        by_size[512].id: finished(by_size[512], 80.0),
+    }
+    rates = Rates(cells, rows)
+    assert rates.seconds(by_size[512]) == 80.0
+    assert rates.seconds(by_size[64]) == pytest.approx(4.0 * by_size[64].flops / by_size[32].flops)
+    assert Rates(cells, {}).seconds(by_size[64]) is None
+    diverged = {by_size[32].id: replace(finished(by_size[32], 4.0), status=Status.DIVERGED)}
+    assert Rates(cells, diverged).seconds(by_size[64]) is None
+
+
+def test_durations_are_told_in_fitting_units() -> None:
+    assert [duration(seconds) for seconds in (5, 89, 91, 5399, 9000)] == [
+        "5 s",
+        "89 s",
+        "2 min",
+        "90 min",
+        "2.5 h",
+    ]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> SweepFolder:
+    """A sweep of eight cells, three of which are through, and one row of another YAML."""
+    folder = SweepFolder(tmp_path)
+    folder.write_sweep(sweep_of())
+    first, second, third, *_ = (cell for cell in cells_of() if cell.seed == 1)
+    append_row(folder.table, finished(first, 2.0, loss=3.5))
+    append_row(folder.table, finished(second, 2.0, loss=3.25))
+    diverged = replace(finished(third, 2.0, loss=math.nan), status=Status.DIVERGED)
+    append_row(folder.table, diverged)
+    append_row(folder.table, replace(ROW, cell="other"))
+    return folder
+
+
+def test_status_tells_what_ended_and_what_is_left(folder: SweepFolder) -> None:
+    status = json.loads(json.dumps(sweep_status(folder)))
+    assert status["owner"] is None
+    assert (status["done"], status["total"], status["undecided"]) == (3, 6, 2)
+    assert status["counts"] == {"finished": 2, "diverged": 1, "stopped_early": 0, "failed": 0}
+    assert status["rows_of_other_cells"] == 1
+    assert status["running"] == []
+    small, large = status["curves"]
+    assert (small["ended"], small["lowest_loss"], small["at_log2_lr"]) == (2, 3.25, -5.0)
+    assert (large["ended"], large["diverged"], large["lowest_loss"]) == (1, 1, None)
+    text = render_status(status)
+    assert "sweep tiny: 3 of 6 to 8 runs ended (2 finished, 1 diverged)" in text
+    assert "not running" in text
+    assert "1 runs in the table belong to no cell of it" in text
+    assert "| base | 32 | 2 | 0 | 0 | 0 | 3.2500 | -5 |" in text
+    assert "| base | 64 | 1 | 0 | 1 | 0 | - | - |" in text
+
+
+def test_status_of_a_running_sweep_names_owner_and_cells(folder: SweepFolder) -> None:
+    cell = cells_of()[-1]
+    running = {
+        "cell": cell.id,
+        "words": cell.words,
+        "iteration": 3,
+        "train_iters": 10,
+        "seconds": 7,
+    }
+    folder.write_state({"updated": "now", "running": [running]})
+    assert sweep_status(folder)["running"] == []
+    with folder.locked():
+        text = render_status(sweep_status(folder))
+    assert "running: pid " in text
+    assert "  base width 64 lr 2^-5 seed 2: iteration 3 of 10, 7 s" in text
+
+
+def test_a_folder_without_a_sweep_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"holds no sweep.yaml; give the --out folder"):
+        sweep_status(SweepFolder(tmp_path))
+
+
+def test_a_cell_is_printed_by_the_beginning_of_its_name(folder: SweepFolder) -> None:
+    cell = cells_of()[1]
+    text = cell_yaml(folder, cell.id[:6])
+    assert text.startswith(f"# Cell {cell.id} of the sweep tiny.\n")
+    assert "hidden_size: 32\n" in text
+    assert "lr: 0.03125\n" in text
+    for wrong in ("zzzz", "", cell.id[:3]):
+        with pytest.raises(ConfigError, match=r"no cell of the sweep begins with"):
+            cell_yaml(folder, wrong)
+
+
+def test_a_printed_cell_names_its_shards_from_any_folder(
+    folder: SweepFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = Path.cwd()
+    monkeypatch.chdir(tmp_path)
+    text = cell_yaml(folder, cells_of()[1].id)
+    assert f"train_data_path:\n  - {here}/shards/train\n" in text
+
+
+def test_a_cell_of_an_earlier_yaml_is_printed_from_the_record(folder: SweepFolder) -> None:
+    earlier = cells_of(warmup_fraction=0.5)[0]
+    with pytest.raises(ConfigError, match="no cell of the sweep begins"):
+        cell_yaml(folder, earlier.id)
+    folder.write_config(earlier)
+    assert "lr_warmup_iters: 5\n" in cell_yaml(folder, earlier.id)

@@ -1,0 +1,148 @@
+"""The sweep's YAML: what is read, and that everything else is refused by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from megatron_mup.errors import ConfigError
+from megatron_mup.transfer.sweep.spec import load_sweep, sweep_from_dict
+from tests.transfer.sweep.sweeps import sweep_data, sweep_of
+
+
+def test_a_whole_yaml_is_read(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("model: {num_layers: 3}\n")
+    text = """
+        name: mup_vs_sp
+        base: base.yaml
+        scale: {axis: depth, values: [1, 2, 4]}
+        learning_rate: {log2_min: -4, log2_max: -2.5, step: 0.5}
+        seeds: [3, 1]
+        seeds_within_octaves: 2
+        tokens: {rule: fixed_tokens_per_parameter, tokens_per_parameter: 20,
+                 parameters: non_embedding}
+        warmup_fraction: 1e-1
+        arms: {mup: {parameterization.name: mup}, plain: }
+        axes: {optimizer.weight_decay: [0, 0.1]}
+        text: {vocab_size: 512, valid_tokens: 250_000}
+        run: {eval_tokens: 2_000, checkpoint_fraction: 0.25, keep_checkpoints: true}
+    """
+    (tmp_path / "s.yaml").write_text(text)
+    sweep = load_sweep(tmp_path / "s.yaml")
+    assert sweep.base == {"model": {"num_layers": 3}}
+    assert (sweep.axis, sweep.sizes) == ("depth", (1.0, 2.0, 4.0))
+    assert sweep.log2_lrs == (-4.0, -3.5, -3.0, -2.5)
+    assert (sweep.seeds, sweep.seeds_within_octaves) == ((3, 1), 2.0)
+    assert sweep.tokens is not None
+    assert (sweep.tokens.rule, sweep.tokens.amount, sweep.tokens.parameters) == (
+        "fixed_tokens_per_parameter",
+        20.0,
+        "non_embedding",
+    )
+    assert sweep.warmup_fraction == 0.1
+    assert sweep.arms == {"mup": {"parameterization.name": "mup"}, "plain": {}}
+    assert sweep.axes == {"optimizer.weight_decay": (0, 0.1)}
+    assert sweep.text is not None
+    assert (sweep.text.vocab_size, sweep.text.valid_tokens, sweep.text.corpus_bytes) == (
+        512,
+        250_000,
+        6_000_000,
+    )
+    assert (sweep.eval_tokens, sweep.checkpoint_fraction, sweep.keep_checkpoints) == (
+        2000,
+        0.25,
+        True,
+    )
+    # The copy that a sweep's folder keeps needs no second file.
+    copy = sweep_from_dict(yaml.safe_load(yaml.safe_dump(dict(sweep.document))), origin="copy")
+    assert copy == sweep
+
+
+def test_what_is_left_out_has_defaults() -> None:
+    sweep = sweep_of(seeds=None, tokens=None, warmup_fraction=None, run=None)
+    assert (sweep.seeds, sweep.seeds_within_octaves) == ((1,), None)
+    assert (sweep.tokens, sweep.warmup_fraction, sweep.text) == (None, None, None)
+    assert sweep.arms == {"base": {}}
+    assert (sweep.eval_tokens, sweep.checkpoint_fraction, sweep.keep_checkpoints) == (
+        None,
+        None,
+        False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"widths": [1]}, r"unknown key 'widths'; known are name, base, scale, learning_rate"),
+        ({"name": None}, r"s.yaml: name is missing; known here are name, base"),
+        ({"name": "a/b"}, r"name holds the name 'a/b'; use letters"),
+        ({"scale": {"axis": "heads", "values": [1]}}, r"scale.axis is 'heads'; use one of width"),
+        ({"scale": {"axis": "width"}}, r"scale.values is missing; known here are axis, values"),
+        ({"scale": {"axis": "width", "sizes": [1]}}, r"unknown key 'scale.sizes'; known are axis"),
+        ({"scale": {"axis": "width", "values": [64, 32]}}, r"each number once, the smallest first"),
+        ({"scale": {"axis": "width", "values": [0, 32]}}, r"scale.values holds 0; sizes"),
+        ({"scale": {"axis": "width", "values": [32.5]}}, r"scale.values is \[32.5\]; give whole"),
+        ({"scale": 3}, r"scale must be a mapping of axis, values; it is 3"),
+        ({"learning_rate": {}}, r"learning_rate.log2_min is missing"),
+        ({"learning_rate": {"log2": []}}, r"learning_rate.log2 is \[\]; give a list of numbers"),
+        ({"learning_rate": {"log2": [-5, "fast"]}}, r"log2 is 'fast'; give a finite number"),
+        ({"learning_rate": {"log2": [-5, True]}}, r"log2 is True; give a finite number"),
+        ({"learning_rate": {"log2": [-5], "step": 1}}, r"given together with log2_min"),
+        (
+            {"learning_rate": {"log2_min": -5, "log2_max": -3, "step": 0.75}},
+            r"step 0.75 does not lead from log2_min -5 to log2_max -3",
+        ),
+        (
+            {"learning_rate": {"log2_min": -5, "log2_max": -3, "step": 0}},
+            r"learning_rate.step is 0; it must be above 0",
+        ),
+        ({"seeds": [1, 1]}, r"seeds is \[1, 1\]; give each number once"),
+        ({"seeds": [-1]}, r"seeds is \[-1\]; give whole numbers, not negative"),
+        ({"seeds_within_octaves": -1}, r"seeds_within_octaves is -1; it must be at least 0"),
+        ({"tokens": {"rule": "chinchilla"}}, r"tokens.rule is 'chinchilla'; use one of fixed"),
+        ({"tokens": {"rule": "fixed_tokens"}}, r"tokens.tokens is missing"),
+        (
+            {"tokens": {"rule": "fixed_tokens", "tokens_per_parameter": 20}},
+            r"tokens_per_parameter does not belong to rule fixed_tokens, which takes tokens",
+        ),
+        (
+            {"tokens": {"rule": "fixed_tokens", "tokens": 9, "parameters": "total"}},
+            r"tokens.parameters does not belong to rule fixed_tokens",
+        ),
+        ({"scale": {"axis": "tokens", "values": [9]}}, r"tokens is given, but scale.axis tokens"),
+        ({"warmup_fraction": 1.5}, r"warmup_fraction is 1.5; it must be at least 0 and at most 1"),
+        ({"arms": {}}, r"arms is empty"),
+        ({"arms": {"a": 3}}, r"arms.a is 3; give a mapping of options"),
+        ({"axes": {"weight_decay": 0.1}}, r"axes.weight_decay is 0.1; give a list of values"),
+        ({"text": {}}, r"text.vocab_size is missing"),
+        ({"text": {"vocab_size": 1.5}}, r"text.vocab_size is 1.5; give a positive whole number"),
+        ({"run": {"threads": 2}}, r"unknown key 'run.threads'; known are eval_tokens, checkpoint"),
+        ({"run": {"checkpoint_fraction": 0}}, r"checkpoint_fraction is 0; it must be above 0"),
+        ({"run": {"keep_checkpoints": "yes"}}, r"keep_checkpoints is 'yes'; use true or false"),
+    ],
+)
+def test_a_mistake_is_refused_by_its_key(change: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        sweep_from_dict(sweep_data(**change), origin="s.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("name: a\nname: b\n", "the key 'name' is there twice"),
+        ("name: [", "is not valid YAML"),
+        ("3", "the top level must be a mapping of name, base"),
+        ("name: !!python/object:os.system {}", "is not valid YAML"),
+        ("{name: a, base: absent.yaml}", r"cannot read configuration '.*absent.yaml'"),
+    ],
+)
+def test_a_file_that_is_no_sweep_is_refused(tmp_path: Path, text: str, words: str) -> None:
+    path = tmp_path / "s.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=words):
+        load_sweep(path)
+    with pytest.raises(ConfigError, match="cannot read the sweep"):
+        load_sweep(tmp_path / "none.yaml")

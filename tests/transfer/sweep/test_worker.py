@@ -1,0 +1,38 @@
+"""The worker's own duties: progress, requests that come too early, a parent that is gone."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from megatron_mup.training.exit_requests import ExitReason, ExitRequests
+from megatron_mup.transfer.sweep import worker
+from megatron_mup.transfer.sweep.worker import Watch
+
+
+def test_a_request_that_came_before_the_loop_listens_is_not_lost() -> None:
+    state: Any = None
+    with ExitRequests() as exits, Watch(lambda _iteration: None, lambda: True).opened(state):
+        assert exits.agreed() is ExitReason.SIGUSR1
+    with ExitRequests() as exits, Watch(lambda _iteration: None, lambda: False).opened(state):
+        assert exits.agreed() is None
+
+
+def test_progress_is_reported_about_once_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(worker.time, "monotonic", lambda: now)
+    reports: list[int] = []
+    watch = Watch(reports.append, lambda: False)
+    for iteration in range(1, 11):
+        now += 0.4
+        assert not watch.due(iteration)
+    assert reports == [3, 6, 9]
+
+
+def test_a_worker_ends_when_its_parent_is_gone() -> None:
+    command = [sys.executable, "-m", "megatron_mup.transfer.sweep.worker"]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=120)
+    assert done.returncode == 0
