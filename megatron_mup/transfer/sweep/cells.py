@@ -124,7 +124,8 @@ def make_cells(sweep: Sweep, data_folder: Path) -> list[Cell]:
         where = f"arm {arm}, {sweep.axis} {size:g}{_in_words(settings)}"
         try:
             options = {**sweep.arms[arm], **settings}
-            run = _group_config(sweep, with_options(base, options), size)
+            first = {"optimizer.lr": 2.0 ** sweep.log2_lrs[arm][0], "training.seed": sweep.seeds[0]}
+            run = _group_config(sweep, with_options(base, {**options, **first}), size)
         except MupError as error:
             raise type(error)(f"{where}: {error}") from error
         cells += list(_cells_of(sweep, arm, size, settings=settings, run=run))
@@ -149,9 +150,6 @@ def _text(value: Any) -> str:
 def _group_config(sweep: Sweep, sections: Sections, size: float) -> RunConfig:
     """The configuration of all runs of one arm and size, at the first learning rate and seed."""
     scaled = scaled_sections(sections, sweep.axis, size)
-    scaled = with_options(
-        scaled, {"optimizer.lr": 2.0 ** sweep.log2_lrs[0], "training.seed": sweep.seeds[0]}
-    )
     budget = sweep.tokens
     if sweep.axis == "tokens":
         budget = TokenBudget(rule=TokenRule.FIXED_TOKENS, amount=size)
@@ -178,7 +176,7 @@ def _cells_of(
     """All learning rates and seeds of one arm and size."""
     data = config_to_dict(run)
     flops = _flops(run)
-    for seed, log2_lr in itertools.product(sweep.seeds, sweep.log2_lrs):
+    for seed, log2_lr in itertools.product(sweep.seeds, sweep.log2_lrs[arm]):
         # These two change no other option, so that the rest need not be read again.
         optimizer = replace(run.optimizer, lr=2.0**log2_lr)
         training = replace(run.training, seed=seed)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_mup.transfer.runs import Row
@@ -68,6 +68,10 @@ def _line(group: Sequence[Cell]) -> PlanLine:
     )
 
 
+def _listed(numbers: Iterable[float]) -> str:
+    return ", ".join(f"{number:g}" for number in numbers)
+
+
 def render_plan(sweep: Sweep, cells: Sequence[Cell], rows: Mapping[str, Row]) -> str:
     """The plan as text.
 
@@ -78,10 +82,9 @@ def render_plan(sweep: Sweep, cells: Sequence[Cell], rows: Mapping[str, Row]) ->
     """
     lines = plan_lines(cells)
     several = len(sweep.arms) > 1
-    grid = ", ".join(f"{log2_lr:g}" for log2_lr in sweep.log2_lrs)
     text = [
-        f"sweep {sweep.name}: arms {', '.join(sweep.arms)}; log2 learning rates {grid}; seeds "
-        f"{', '.join(map(str, sweep.seeds))}",
+        f"sweep {sweep.name}: seeds {', '.join(map(str, sweep.seeds))}",
+        *(f"arm {arm}: log2 learning rates {_listed(sweep.log2_lrs[arm])}" for arm in sweep.arms),
         "",
         f"| {sweep.axis} | {' | '.join(_COLUMNS)} |",
         "|" + " ---: |" * (1 + len(_COLUMNS)),

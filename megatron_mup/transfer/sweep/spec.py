@@ -6,7 +6,7 @@ Says what is asked for; what follows from it for each run is ``cells``. Must not
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -72,7 +72,7 @@ class Sweep:
         base: sections of a training configuration.
         axis: what is scaled, one of ``AXES``.
         sizes: values on that axis, increasing.
-        log2_lrs: log2 of the peak base learning rates, increasing.
+        log2_lrs: arm -> log2 of its peak base learning rates, increasing.
         seeds: of weights and data order; the first one runs everywhere.
         seeds_within_octaves: further seeds run only this near to the first seed's lowest loss.
         tokens: length of runs; None: ``training.train_iters`` of the base.
@@ -90,7 +90,7 @@ class Sweep:
     base: Mapping[str, Mapping[str, Any]]
     axis: str
     sizes: tuple[float, ...]
-    log2_lrs: tuple[float, ...]
+    log2_lrs: Mapping[str, tuple[float, ...]]
     seeds: tuple[int, ...]
     seeds_within_octaves: float | None
     tokens: TokenBudget | None
@@ -122,6 +122,7 @@ def load_sweep(path: Path) -> Sweep:
     return sweep_from_dict(data, origin=str(path))
 
 
+_GRID_KEYS = ("log2_min", "log2_max", "step", "log2")
 _KEYS = (
     "name",
     "base",
@@ -145,17 +146,18 @@ def sweep_from_dict(data: Any, *, origin: str) -> Sweep:
     axis = scale.choice("axis", AXES)
     run = top.part("run", ("eval_tokens", "checkpoint_fraction", "keep_checkpoints"), empty=True)
     seeds = top.numbers("seeds", default=[1], whole=True)
+    arms = _arms(top)
     return Sweep(
         name=top.name("name"),
         base={str(key): dict(value) for key, value in top.mappings("base").items()},
         axis=axis,
         sizes=_sizes(scale, axis),
-        log2_lrs=_grid(top.part("learning_rate", ("log2_min", "log2_max", "step", "log2"))),
+        log2_lrs=_grids(top.part("learning_rate", (*_GRID_KEYS, "arms")), arms),
         seeds=tuple(int(seed) for seed in seeds),
         seeds_within_octaves=top.number("seeds_within_octaves", least=0.0),
         tokens=_budget(top, axis),
         warmup_fraction=top.number("warmup_fraction", least=0.0, most=1.0),
-        arms=_arms(top),
+        arms=arms,
         axes={option: tuple(values) for option, values in top.lists("axes").items()},
         text=_text(top),
         eval_tokens=run.count("eval_tokens"),
@@ -170,6 +172,12 @@ def _sizes(scale: Part, axis: str) -> tuple[float, ...]:
     if sizes[0] <= 0:
         raise scale.error("values", f"holds {sizes[0]:g}; sizes on the axis {axis} are positive")
     return tuple(sizes)
+
+
+def _grids(rates: Part, arms: Iterable[str]) -> dict[str, tuple[float, ...]]:
+    """The grid of each arm: its own where there is one."""
+    own = rates.part("arms", list(arms), empty=True)
+    return {arm: _grid(own.part(arm, _GRID_KEYS) if own.has(arm) else rates) for arm in arms}
 
 
 def _grid(rates: Part) -> tuple[float, ...]:

@@ -87,6 +87,17 @@ def test_lengths_follow_from_tokens_and_are_rounded_up() -> None:
     assert one(warmup_fraction=0).run.schedule.lr_warmup_iters == 0
 
 
+def test_each_arm_runs_at_the_learning_rates_of_its_grid() -> None:
+    rates = {"log2": [-7, -5], "arms": {"sp": {"log2": [-9]}}}
+    arms = {"mup": {}, "sp": {"parameterization.name": "sp"}}
+    cells = cells_of(arms=arms, learning_rate=rates)
+    assert {(cell.arm, cell.run.optimizer.lr) for cell in cells} == {
+        ("mup", 2.0**-7),
+        ("mup", 2.0**-5),
+        ("sp", 2.0**-9),
+    }
+
+
 def test_tokens_per_parameter_count_what_they_say() -> None:
     rule = {"rule": "fixed_tokens_per_parameter", "tokens_per_parameter": 2}
     small, large = (

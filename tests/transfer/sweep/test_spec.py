@@ -34,7 +34,7 @@ def test_a_whole_yaml_is_read(tmp_path: Path) -> None:
     sweep = load_sweep(tmp_path / "s.yaml")
     assert sweep.base == {"model": {"num_layers": 3}}
     assert (sweep.axis, sweep.sizes) == ("depth", (1.0, 2.0, 4.0))
-    assert sweep.log2_lrs == (-4.0, -3.5, -3.0, -2.5)
+    assert sweep.log2_lrs == dict.fromkeys(("mup", "plain"), (-4.0, -3.5, -3.0, -2.5))
     assert (sweep.seeds, sweep.seeds_within_octaves) == ((3, 1), 2.0)
     assert sweep.tokens is not None
     assert (sweep.tokens.rule, sweep.tokens.amount, sweep.tokens.parameters) == (
@@ -59,6 +59,17 @@ def test_a_whole_yaml_is_read(tmp_path: Path) -> None:
     # The copy that a sweep's folder keeps needs no second file.
     copy = sweep_from_dict(yaml.safe_load(yaml.safe_dump(dict(sweep.document))), origin="copy")
     assert copy == sweep
+
+
+def test_an_arm_may_have_a_grid_of_its_own() -> None:
+    arms = {"mup": {}, "sp": {"parameterization.name": "sp"}}
+    own = {"sp": {"log2_min": -11, "log2_max": -10, "step": 0.5}}
+    sweep = sweep_of(arms=arms, learning_rate={"log2": [-7, -5], "arms": own})
+    assert sweep.log2_lrs == {"mup": (-7.0, -5.0), "sp": (-11.0, -10.5, -10.0)}
+    with pytest.raises(ConfigError, match=r"unknown key 'learning_rate.arms.spp'; known are mup"):
+        sweep_of(arms=arms, learning_rate={"log2": [-7], "arms": {"spp": {"log2": [-5]}}})
+    with pytest.raises(ConfigError, match=r"learning_rate.log2_min is missing"):
+        sweep_of(arms=arms, learning_rate={"arms": own})
 
 
 def test_what_is_left_out_has_defaults() -> None:
