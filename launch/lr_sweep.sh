@@ -66,9 +66,13 @@ report() {
 # Run or submit the launch script for all rates, and the report after them.
 sweep() {
     local script=$1 rates=() rate array=''
+    check_arguments "$@"
     shift
     read -r -a rates <<<"${RATES:-}"
     ((${#rates[@]})) || fail "RATES is not set; give learning rates, e.g. RATES='0.004 0.008 0.016'"
+    for rate in "${rates[@]}"; do
+        check_rate RATES "$rate"
+    done
     [[ -e $script ]] || fail "there is no launch script $script"
     # As a job, this script is a small one: what it got must not limit the jobs that it submits.
     unset SLURM_MEM_PER_CPU SLURM_MEM_PER_NODE SLURM_NTASKS_PER_NODE SLURM_CPUS_PER_TASK
@@ -84,7 +88,7 @@ sweep() {
     array=$(env --unset=SLURM_JOB_ID SUBMIT=yes SWEEP_RATES="${rates[*]}" RUN_DIR="$RUN_DIR" \
         SBATCH_ARRAY_INX="0-$((${#rates[@]} - 1))${AT_ONCE:+%$AT_ONCE}" bash "$script" "$@")
     array=${array##* }
-    sbatch --dependency="afterany:$array" --job-name=lr_sweep_report "${SITE_OPTIONS[@]}" \
+    sbatch --export=ALL --dependency="afterany:$array" --job-name=lr_sweep_report "${SITE_OPTIONS[@]}" \
         "$here/lr_sweep.sh" report "$RUN_DIR" "${rates[@]}"
     echo "runs: job $array, ${#rates[@]} tasks, in $RUN_DIR"
 }
@@ -94,9 +98,11 @@ if [[ $# == 0 || " $* " == *" --help "* ]]; then
     exit
 fi
 RUN_DIR=$(realpath --canonicalize-missing "${RUN_DIR:-runs/lr_sweep}")
-load_site
 if [[ $1 == report ]]; then
+    load_site
     report "${@:2}"
 else
+    check_run_dir
+    load_site "$(! type -P sbatch >/dev/null || echo submit)"
     sweep "$@"
 fi

@@ -54,6 +54,7 @@ if ! in_job && [[ -z ${SUBMIT:-} ]]; then
     LAUNCHER=${LAUNCHER:-torchrun}
     GPUS_PER_NODE=${GPUS_PER_NODE:-2}
 fi
+check_limits "$@"
 RUN_DIR=$(realpath --canonicalize-missing "${RUN_DIR:-runs/mup_tiny}")
 if ! is_to_be_submitted; then
     load_site

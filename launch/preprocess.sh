@@ -73,6 +73,7 @@ manifest_stamp() {
 submit_jobs() {
     [[ $PARTS =~ ^[1-9][0-9]*$ ]] || fail "PARTS is $PARTS; set the number of jobs, e.g. PARTS=8"
     [[ -z ${SLURM_ARRAY_TASK_ID:-} ]] || fail "sbatch got --array; leave it out and set PARTS"
+    check_arguments "$@"
     read_arguments "$@"
     type -P sbatch >/dev/null ||
         fail "sbatch is not there: run this where Slurm is, or without Slurm run on each machine" \
@@ -80,7 +81,7 @@ submit_jobs() {
             "the same command without --part on one of them"
     [[ $(manifest_stamp) == none || -n $OVERWRITE || -e $PREFIX.work ]] ||
         fail "output exists: $PREFIX.manifest.json; pass --overwrite or another --output-prefix"
-    local logs inherited options=(--requeue --open-mode=append) array last
+    local logs inherited options=(--export=ALL --requeue --open-mode=append) array last
     mkdir -p "$LOGS"
     logs=$(realpath "$LOGS")
     if [[ -n $is_batch_job ]]; then
@@ -130,7 +131,10 @@ for argument in "$@"; do
 done
 PARTS=${PARTS:-8}
 LOGS=${LOGS:-logs/preprocess}
-load_site
+case ${1:-} in
+    part | finish) load_site ;;
+    *) load_site submit ;;
+esac
 WORKERS=${WORKERS:-${SLURM_CPUS_PER_TASK:-1}}
 case ${1:-} in
     part) run_part "${@:2}" ;;

@@ -31,8 +31,8 @@ run_training() {
         return
     fi
     load_site
+    check_limits "$@"
     RUN_DIR=$(realpath --canonicalize-missing "${RUN_DIR:-runs/$name}")
-    check_limits
     settle_processes
     take_rate_of_sweep
     listen
@@ -51,19 +51,24 @@ is_to_be_submitted() {
 submit_itself() {
     local config=$1
     shift
-    load_site
-    check_limits
+    load_site submit
+    check_limits "$@"
     if [[ -z ${LR:-}${LR_FROM:-}${SWEEP_RATES:-} && " $*" != *" lr="* && " $*" != *" optimizer.lr="* ]]; then
         grep --quiet '^  lr:' "$config" ||
             fail "no learning rate is given; set LR=number or LR_FROM=file (see docs/mup_10b.md)"
     fi
-    SUBMIT='' sbatch ${JOB_OPTIONS[@]+"${JOB_OPTIONS[@]}"} "${SITE_OPTIONS[@]}" "$(realpath "$0")" \
-        ${SCRIPT_ARGUMENTS[@]+"${SCRIPT_ARGUMENTS[@]}"} "$@"
+    # --export: the environment has the run's settings, whatever SBATCH_EXPORT says.
+    SUBMIT='' sbatch --export=ALL ${SWEEP_RATES:+"--comment=lr_sweep"} \
+        ${JOB_OPTIONS[@]+"${JOB_OPTIONS[@]}"} "${SITE_OPTIONS[@]}" \
+        "$(realpath "$0")" ${SCRIPT_ARGUMENTS[@]+"${SCRIPT_ARGUMENTS[@]}"} "$@"
 }
 
-# Refuse now what would end the run after training only.
+# Refuse now what would end the run later, or after training only: check_limits ARGUMENT ...
 check_limits() {
     local number='^(0|[1-9][0-9]{0,8})$'
+    check_arguments "$@"
+    check_run_dir
+    [[ -z ${LR:-} ]] || check_rate LR "$LR"
     [[ ${MAX_RESTARTS:-3} =~ $number ]] ||
         fail "MAX_RESTARTS is $MAX_RESTARTS; set a number of restarts, e.g. MAX_RESTARTS=3"
     [[ ${EXCLUDE_AFTER:-1} =~ $number && ${EXCLUDE_AFTER:-1} != 0 ]] ||
@@ -133,7 +138,14 @@ find_torchrun() {
 # A task of lr_sweep.sh takes its learning rate from the list, and a folder of its own.
 take_rate_of_sweep() {
     local rates
-    [[ -n ${SWEEP_RATES:-} ]] || return 0
+    if [[ -z ${SWEEP_RATES:-} ]]; then
+        # Already taken, or an array of the user's own, unless its record says otherwise.
+        [[ -n ${SLURM_ARRAY_TASK_ID:-} && -z ${SWEEP_RATES+taken} ]] || return 0
+        [[ $(scontrol show job "$(own_job)") != *Comment=lr_sweep* ]] ||
+            fail "the learning rates of lr_sweep.sh did not reach this job: leave --export out of" \
+                "SITE_OPTIONS, and sweep again"
+        return 0
+    fi
     read -r -a rates <<<"$SWEEP_RATES"
     LR=${rates[$SLURM_ARRAY_TASK_ID]}
     RUN_DIR=$RUN_DIR/lr-$LR
@@ -252,5 +264,5 @@ requeue_job() {
 # Wait for some seconds, or until a signal.
 pause() {
     sleep "$1" &
-    wait $! || kill $! || true
+    wait $! || kill $! 2>/dev/null || true
 }

@@ -100,7 +100,7 @@ on_all_ranks() {
         prologue+="; trap '' USR1"
     fi
     if in_job; then
-        command=(srun --nodes="$NODE_COUNT" --ntasks-per-node="$tasks" --label
+        command=(srun --export=ALL --nodes="$NODE_COUNT" --ntasks-per-node="$tasks" --label
             ${CPUS:+"--cpus-per-task=$((CPUS * PER_NODE / tasks))"} "${options[@]}"
             "${CONTAINER[@]}" bash -c "$prologue; with_address \"\$@\"" step "${command[@]}")
     fi

@@ -7,6 +7,7 @@ imports happen inside the verbs, so that ``--help`` and errors are quick.
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -139,6 +140,9 @@ def _train(run: RunConfig) -> None:
     from megatron_mup.training.loop import train as run_training
 
     result = run_training(run, observer=observer_for(run), echo=typer.echo)
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        # The result is there: a time limit that comes now must not make it look like a failure.
+        signal.signal(number, signal.SIG_IGN)
     if result.exit_code:
         raise typer.Exit(result.exit_code)
 

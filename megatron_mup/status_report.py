@@ -161,6 +161,11 @@ def inspect_folder(folder: Path, *, clock: Callable[[], float] = time.time) -> R
 
 
 def _no_run(folder: Path) -> CheckpointError:
+    if (folder / "launch").is_dir():
+        return CheckpointError(
+            f"'{folder}' is the folder of a launch script, but no attempt has begun yet; see "
+            "slurm-NAME-JOB.out in the folder of submission"
+        )
     return CheckpointError(
         f"'{folder}' holds neither {STATUS} nor a checkpoint; give the folder that "
         "checkpoint.save names"
@@ -294,7 +299,10 @@ def render(report: Report) -> str:
 
 def _progress_line(report: Report) -> str:
     status = report.status
-    parts = ["unknown state" if status is None else status.state.value]
+    # A launch script begins an attempt before its checks, and training comes after them.
+    silent = report.launch is not None and report.checkpoint is None
+    unknown = "not started" if silent and report.heartbeat_age is None else "unknown state"
+    parts = [unknown if status is None else status.state.value]
     if status is not None and status.exit_reason:
         parts[0] += f" ({_shown(status.exit_reason)})"
     if report.iteration is not None:

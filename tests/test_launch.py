@@ -80,13 +80,13 @@ def test_an_array_and_a_job_after_it_get_the_arguments_unchanged(login):
     script = str(login.project / "launch/preprocess.sh")
     assert login.submitted() == [
         [
-            *("--parsable", "--requeue", "--open-mode=append", "--array=0-2"),
+            *("--parsable", "--export=ALL", "--requeue", "--open-mode=append", "--array=0-2"),
             *(f"--output={logs}/%x-%A_%a.out", script, "part", *GOOD),
         ],
         [
-            *("--parsable", "--requeue", "--open-mode=append", "--dependency=afterany:11"),
-            *("--job-name=preprocess-finish", f"--output={logs}/%x-%j.out"),
-            *(script, "finish", "none", *GOOD),
+            *("--parsable", "--export=ALL", "--requeue", "--open-mode=append"),
+            *("--dependency=afterany:11", "--job-name=preprocess-finish"),
+            *(f"--output={logs}/%x-%j.out", script, "finish", "none", *GOOD),
         ],
     ]
     assert result.stdout == (
@@ -117,6 +117,7 @@ def test_an_array_and_a_job_after_it_get_the_arguments_unchanged(login):
         (["--input=-", *GOOD[3:]], {}, "standard input"),
         (GOOD, {"PARTS": "0"}, "PARTS is 0"),
         (GOOD, {"PARTS": "two"}, "PARTS is two"),
+        ([*GOOD, "PARTS=4"], {}, "PARTS=4 is given as an argument"),
         (GOOD, {"SLURM_ARRAY_TASK_ID": "1"}, "leave it out and set PARTS"),
         (GOOD, {"MEGATRON_MUP": "/no/such/command"}, "/no/such/command is not there"),
     ],
@@ -198,7 +199,7 @@ def test_settings_of_the_site_reach_every_job(login):
 
     assert result.returncode == 0, result.stderr
     for call in login.submitted():
-        assert call[3:5] == ["--partition=cpu", "--comment=two words"]
+        assert call[4:6] == ["--partition=cpu", "--comment=two words"]
         assert any(option.startswith(f"--output={login.folder}/my logs/") for option in call)
     assert "--array=0-1" in login.submitted()[0]
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import time
 from pathlib import Path
 
 import pytest
 
-from tests.launch_machine import Machine
+from tests.launch_machine import ROOT, Machine
 
 # Takes a line of `answers` for each request but those for names; an empty one is success.
 SCONTROL = """#!/bin/bash
@@ -150,3 +151,60 @@ def test_an_interactive_job_is_started_on_one_of_its_nodes(machine):
     (machine.project / "launch/env").unlink()
     here = {"SLURM_JOB_NODELIST": os.uname().nodename.partition(".")[0]}
     assert machine.launch("mup_10b", **(interactive | here))[0] == 0
+
+
+def test_ranks_get_the_environment_whatever_sbatch_was_told(machine):
+    # Fails as srun does where SLURM_EXPORT_ENV says so: the ranks' variables are gone.
+    (machine.folder / "bin/srun").write_text(
+        '#!/bin/bash\n[[ $1 == --export=ALL ]] || { echo "no environment" >&2; exit 5; }\n'
+        + SRUN.removeprefix("#!/bin/bash\n")
+    )
+
+    assert machine.launch("mup_10b", **JOB, SLURM_EXPORT_ENV="NONE")[0] == 0
+    assert len(places(machine)) == 2
+
+
+def test_a_container_s_commands_get_the_environment_too(machine):
+    (machine.folder / "bin/srun").write_text(
+        '#!/bin/bash\necho "$*" >>"$FOLDER/steps"\n'
+        'while [[ $1 == --* ]]; do shift; done\nexec "$@"\n'
+    )
+    (machine.project / "launch/env").write_text("CONTAINER=(--container-image=x.sqsh)\n")
+
+    assert machine.launch("mup_10b", **JOB)[0] == 0
+
+    steps = (machine.folder / "steps").read_text().splitlines()
+    assert steps[0].startswith("--export=ALL --nodes=1 --ntasks=1 --overlap ")
+    assert " --container-image=x.sqsh " in steps[0]
+    assert all(step.startswith("--export=ALL ") for step in steps if step.startswith("--"))
+
+
+def test_an_array_of_a_sweep_that_lost_its_rates_fails_and_another_one_runs(machine):
+    task = {"SLURM_ARRAY_JOB_ID": "70", "SLURM_ARRAY_TASK_ID": "1"}
+    (machine.folder / "answers").write_text("\n")
+
+    assert machine.launch("mup_10b", **JOB, **task)[0] == 0
+    assert requests(machine) == ["show "]
+
+    text = SCONTROL.replace("ExcNodeList", "Comment=lr_sweep ExcNodeList")
+    (machine.folder / "bin/scontrol").write_text(text)
+    (machine.folder / "answers").write_text("\n")
+    machine.decide("finished", "finished")
+    calls = len(machine.calls())
+    code, _, err = machine.launch("mup_10b", **JOB, **task)
+    assert code == 2
+    assert err.startswith("error: the learning rates of lr_sweep.sh did not reach this job")
+    assert len(machine.calls()) == calls
+
+    assert machine.launch("mup_10b", **JOB, **task, SWEEP_RATES="0.1 0.2")[0] == 0
+    assert " --lr 0.2 " in machine.calls("launch begin")[-1]
+    assert f" --run-dir {machine.work}/runs/mup_10b/lr-0.2 " in machine.calls("launch begin")[-1]
+
+
+def test_a_pause_whose_sleep_has_ended_says_nothing():
+    functions = ROOT / "launch/run_functions.sh"
+    lines = f"source '{functions}'; sleep() {{ return 1; }}; set -e; pause 1; pause 1"
+
+    done = subprocess.run(["bash", "-c", lines], capture_output=True, text=True, timeout=60)
+
+    assert (done.returncode, done.stderr) == (0, "")

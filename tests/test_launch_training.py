@@ -64,7 +64,7 @@ def test_bash_submits_a_script_with_the_site_s_options_where_slurm_is(machine):
     assert (code, out) == (0, "Submitted batch job 11\n")
     script = str(machine.project / "launch/mup_10b.sh")
     assert machine.jobs() == [
-        ["--partition=a b", script, "train_iters=9", "array=", "rates=", "memory="]
+        ["--export=ALL", "--partition=a b", script, "train_iters=9", "array=", "rates=", "memory="]
     ]
     assert machine.calls() == []
 
@@ -104,7 +104,7 @@ def test_a_proxy_asks_for_nodes_by_its_width(machine, width, nodes):
 
     script = str(machine.project / "launch/mup_proxy.sh")
     options = [f"--job-name=mup_proxy_{width}", f"--nodes={nodes}", script, str(width)]
-    assert machine.jobs()[0][:5] == [*options, "train_iters=9"]
+    assert machine.jobs()[0][:6] == ["--export=ALL", *options, "train_iters=9"]
 
 
 @pytest.mark.parametrize("width", ["", "100", "wide"])
@@ -289,8 +289,9 @@ def test_a_sweep_is_an_array_and_a_table_after_it(machine):
     assert code == 0
     runs = f"{machine.work}/runs/lr_sweep"
     assert out.splitlines()[-1] == f"runs: job 11, 3 tasks, in {runs}"
-    options = ["--job-name=mup_proxy_512", "--nodes=1", str(script), "512", "train_iters=9"]
-    report = ["--dependency=afterany:11", "--job-name=lr_sweep_report"]
+    options = ["--export=ALL", "--comment=lr_sweep", "--job-name=mup_proxy_512", "--nodes=1"]
+    options += [str(script), "512", "train_iters=9"]
+    report = ["--export=ALL", "--dependency=afterany:11", "--job-name=lr_sweep_report"]
     sweep = str(machine.project / "launch/lr_sweep.sh")
     # The memory that this script itself has as a job is not passed on.
     assert machine.jobs() == [

@@ -21,6 +21,7 @@ from megatron_mup.launching.attempts import (
     JUDGE,
     Event,
     append_event,
+    beginnings,
     beginnings_without_progress,
     read_events,
     signalled_attempts,
@@ -28,6 +29,7 @@ from megatron_mup.launching.attempts import (
 from megatron_mup.launching.run_folder import RunFolder
 from megatron_mup.rank_outcomes import RankOutcome, read_outcomes
 from megatron_mup.secrets import mask_text, secret_values
+from megatron_mup.status import RunState, read_status
 
 FINISHED, STOP, REQUEUE, RESUBMIT = "finished", "stop", "requeue", "resubmit"
 
@@ -146,6 +148,7 @@ class Ended:
         signalled: whether the batch script was told to end.
         outcomes: notes of ranks, earliest first.
         iteration: of the newest whole checkpoint now.
+        complete: whether the attempt did all iterations, by its own report and that checkpoint.
     """
 
     attempt: int
@@ -153,6 +156,7 @@ class Ended:
     signalled: bool = False
     outcomes: Sequence[RankOutcome] = field(default=())
     iteration: int | None = None
+    complete: bool = False
 
     @property
     def first_failure(self) -> RankOutcome | None:
@@ -215,16 +219,17 @@ def decide(ended: Ended, events: Sequence[Event], limits: Limits) -> Decision:
         What to do.
     """
     code = ended.code
-    if code == exit_codes.FINISHED:
+    # A process that is killed while it takes leave has nothing left to do.
+    if code == exit_codes.FINISHED or ended.complete:
         return Decision(action=FINISHED)
-    cause = _cause(ended)
+    cause = _cause(ended, events)
     charged = _charged_nodes(ended, events)
     if code in _FINAL and not ended.machine_fault and not ended.port_taken:
         return Decision(action=STOP, reason=cause, charged=charged)
     idle = _too_many_starts(ended, events, limits.max_restarts)
     if idle is not None:
-        reached = "no checkpoint" if ended.iteration is None else f"iteration {ended.iteration}"
-        reason = f"{cause}; {idle} in a row left no checkpoint after {reached}"
+        after = "" if ended.iteration is None else f" after iteration {ended.iteration}"
+        reason = f"{cause}; {idle} in a row left no checkpoint{after}"
         return Decision(action=STOP, reason=reason, charged=charged)
     excluded = _nodes_to_avoid(events, charged, limits.exclude_after)
     new = [node for node in excluded if node not in _excluded_before(events)]
@@ -257,14 +262,16 @@ def decide_and_record(
         environment: of the batch script, whose secrets the ranks may have named.
         say: receives warnings.
     """
+    events, iteration = read_events(folder), folder.newest_checkpoint()
     ended = Ended(
         attempt=attempt,
         exit_code=exit_code,
         signalled=signalled,
         outcomes=_masked(read_outcomes(folder.outcomes(attempt)), environment),
-        iteration=folder.newest_checkpoint(),
+        iteration=iteration,
+        complete=_is_complete(folder, attempt, events, iteration),
     )
-    decision = decide(ended, read_events(folder), limits)
+    decision = decide(ended, events, limits)
     seen = {"exit_code": exit_code, "signalled": signalled, "iteration": ended.iteration}
     try:
         append_event(folder, DECIDE, attempt, **seen, **decision.facts)
@@ -278,19 +285,50 @@ def _masked(outcomes: Sequence[RankOutcome], environment: Mapping[str, str]) -> 
     return [replace(note, reason=mask_text(note.reason, values)) for note in outcomes]
 
 
-def _cause(ended: Ended) -> str:
-    """Why the attempt ended, in one line."""
-    code, first = ended.code, ended.first_failure
+def _is_complete(
+    folder: RunFolder, attempt: int, events: Sequence[Event], iteration: int | None
+) -> bool:
+    """Whether this attempt, and not one before a longer schedule, finished the run."""
+    begun = [event for event in beginnings(events) if event["attempt"] == attempt]
+    try:
+        status = read_status(folder.save_folder)
+    except (OSError, ValueError):
+        return False
+    since = begun[-1].get("time") if begun else None
+    return (
+        status.state is RunState.FINISHED
+        and iteration is not None
+        and iteration >= status.train_iters
+        and isinstance(since, int | float)
+        and status.updated + _CLOCKS_SECONDS >= since
+    )
+
+
+def _words(ended: Ended, events: Sequence[Event]) -> str:
+    """What the exit code means here."""
+    code, silent = ended.code, not ended.outcomes
+    if ended.port_taken:
+        return "another process had the port"
+    if ended.machine_fault:
+        return "a machine failed"
+    if silent and ended.exit_code == _UNSTARTED:
+        return "the ranks could not be started, or not be watched"
+    everywhere = _judged(events, ended.attempt).get("everywhere")
+    if silent and code == exit_codes.USER_ERROR and isinstance(everywhere, list) and everywhere:
+        return f"every node failed the preflight: {'; '.join(map(str, everywhere))}"
+    if silent and code == exit_codes.STOPPED_SAVED:
+        # Before training: ranks that save leave notes.
+        return _AGAIN[exit_codes.STOPPED_UNSAVED]
     words = {**_FINAL, **_AGAIN}.get(code)
     if words is None:
         words = f"killed by signal {code - 128}" if code > 128 else "no known code"
-    if not ended.outcomes and ended.exit_code == _UNSTARTED:
-        words = "the ranks could not be started, or not be watched"
-    if ended.machine_fault:
-        words = "a machine failed"
-    if ended.port_taken:
-        words = "another process had the port"
-    cause = f"exit {code}: {words}"
+    return words
+
+
+def _cause(ended: Ended, events: Sequence[Event]) -> str:
+    """Why the attempt ended, in one line."""
+    code, first = ended.code, ended.first_failure
+    cause = f"exit {code}: {_words(ended, events)}"
     if ended.exit_code != code:
         cause += f" (the job step said {ended.exit_code})"
     if ended.signalled:
@@ -317,17 +355,18 @@ def _too_many_starts(ended: Ended, events: Sequence[Event], allowed: int) -> str
 def _charged_nodes(ended: Ended, events: Sequence[Event]) -> tuple[str, ...]:
     """Nodes that the failure of this attempt counts against; none if nobody can tell."""
     if ended.exit_code == exit_codes.BAD_NODES:
-        return tuple(sorted(_judged_bad(events, ended.attempt)))
+        bad = _judged(events, ended.attempt).get("bad_nodes")
+        return tuple(sorted(bad)) if isinstance(bad, dict) else ()
     first = ended.first_failure
     # Any other failure of a rank's own is the program's, on whatever node it shows first.
     return (first.node,) if first is not None and (ended.machine_fault or ended.crashed) else ()
 
 
-def _judged_bad(events: Sequence[Event], attempt: int) -> dict[str, Any]:
+def _judged(events: Sequence[Event], attempt: int) -> Event:
+    """What the preflight of an attempt found; empty without one."""
     for event in reversed(events):
         if event["event"] == JUDGE and event["attempt"] == attempt:
-            bad = event.get("bad_nodes")
-            return bad if isinstance(bad, dict) else {}
+            return event
     return {}
 
 

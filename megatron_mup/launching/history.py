@@ -34,6 +34,7 @@ class LaunchHistory:
         problems: sentences; none means that nothing has to be mended.
         attempts: how many began.
         decision: what was to follow the last ended attempt, and why; None before the first end.
+        decided: number of that attempt, if a newer one has begun since.
         failures: node -> how often it failed.
         excluded: nodes that the run avoids.
         snapshot: newest snapshot, below ``launch``.
@@ -52,6 +53,7 @@ class LaunchHistory:
     lr: float | None
     lr_source: str | None
     others: tuple[str, ...] = ()
+    decided: int | None = None
 
     @property
     def lines(self) -> list[str]:
@@ -59,7 +61,12 @@ class LaunchHistory:
         restarts = max(0, self.attempts - 1)
         lines = [f"attempt {self.attempts:,}, {restarts:,} restarts"]
         if self.decision is not None:
-            lines[0] += f"; last decision: {self.decision}"
+            which = (
+                "last decision"
+                if self.decided is None
+                else f"no decision on it yet; decision after attempt {self.decided:,}"
+            )
+            lines[0] += f"; {which}: {self.decision}"
         lines += self.others
         if self.lr is not None:
             lines.append(f"learning rate {self.lr:g} by {self.lr_source or 'unknown'}")
@@ -131,6 +138,7 @@ def _history(save: Path, events: list[Event], owner: str | None) -> LaunchHistor
         problems=tuple(_problems(events, last["attempt"], ends)),
         attempts=len(begun),
         decision=_words(ends[-1]) if ends else None,
+        decided=ends[-1]["attempt"] if ends and ends[-1]["attempt"] < last["attempt"] else None,
         failures=dict(sorted(failures.items())),
         excluded=tuple(sorted(excluded)),
         snapshot=_text(last.get("snapshot")),
@@ -150,7 +158,11 @@ def _problems(events: list[Event], attempt: int, ends: list[Event]) -> list[str]
     if ends and ends[-1].get("decision") == "stop" and ends[-1]["attempt"] >= attempt:
         problems.append(f"the launch script gave up: {ends[-1].get('reason')}")
     judged = [event for event in events if event["event"] == JUDGE and event["attempt"] == attempt]
-    bad = judged[-1].get("bad_nodes") if judged else None
+    found = judged[-1] if judged else {}
+    problems += [f"every node failed the preflight: {t}" for t in _texts(found.get("everywhere"))]
+    stuck = _text(found.get("stuck"))
+    problems += [] if stuck is None else [f"the preflight did not end: {stuck}"]
+    bad = found.get("bad_nodes")
     bad = bad if isinstance(bad, dict) else {}
     return problems + [f"node {node} failed the preflight: {text}" for node, text in bad.items()]
 

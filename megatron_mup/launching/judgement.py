@@ -45,10 +45,11 @@ class Verdict:
 
     @property
     def exit_code(self) -> int:
-        """0, ``BAD_NODES``, or ``USER_ERROR`` where another start meets the same."""
-        if self.bad_nodes or self.stuck is not None:
-            return exit_codes.BAD_NODES
-        return exit_codes.USER_ERROR if self.everywhere else exit_codes.FINISHED
+        """0, ``BAD_NODES``, or ``USER_ERROR`` where another start meets the same on any node."""
+        if self.everywhere:
+            return exit_codes.USER_ERROR
+        bad = bool(self.bad_nodes) or self.stuck is not None
+        return exit_codes.BAD_NODES if bad else exit_codes.FINISHED
 
     @property
     def lines(self) -> list[str]:

@@ -162,7 +162,11 @@ def _too_full(folder: Path, needed_gb: float) -> str | None:
     free = shutil.disk_usage(folder).free / 1e9
     if free >= needed_gb:
         return None
-    return f"{free:.1f} GB free in {folder}, {needed_gb:.1f} GB needed"
+    return f"{_size(free)} free in {folder}, {_size(needed_gb)} needed"
+
+
+def _size(gb: float) -> str:
+    return f"{gb:.1f} GB" if gb >= 1 else f"{gb * 1e3:.1f} MB"
 
 
 def _versions() -> dict[str, str]:

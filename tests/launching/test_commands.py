@@ -80,7 +80,7 @@ def test_decide_prints_one_line(run_dir: Path) -> None:
     options = ["launch", "decide", "--run-dir", str(run_dir), "--max-restarts", "1"]
     found = CliRunner().invoke(cli.app, [*options, "--exit-code", "75", "--signalled"])
     assert (found.exit_code, found.stdout) == (
-        0, "requeue exit 75: stopped in time, and saved, after a signal\n",
+        0, "requeue exit 75: stopped in time, without saving, after a signal\n",
     )  # fmt: skip
     found = CliRunner().invoke(cli.app, [*options, "--exit-code", "0"])
     assert (found.exit_code, found.stdout) == (0, "finished\n")

@@ -13,6 +13,7 @@ from megatron_mup.launching import decision
 from megatron_mup.launching.decision import Ended, Limits, decide, decide_and_record
 from megatron_mup.launching.run_folder import RunFolder
 from megatron_mup.rank_outcomes import RankOutcome
+from megatron_mup.status import RunState, Status, write_status
 from tests.launching.run_folders import checkpoint, event_list, events
 
 
@@ -253,6 +254,64 @@ def test_the_answer_is_one_line_whatever_the_error_said() -> None:
     found = line(74, note(74, "first\nsecond line\n"))
     assert "\n" not in found
     assert found.endswith("first")
+
+
+def test_a_start_that_left_nothing_is_told_without_an_iteration() -> None:
+    before = tuple(begin(number, None) for number in (1, 2, 3, 4))
+    assert line(76, before=before) == (
+        "stop exit 76: a rank died or hung; 4 starts in a row left no checkpoint"
+    )
+
+
+def test_a_signal_before_training_saved_nothing() -> None:
+    for iteration in (None, 40):
+        assert line(75, iteration=iteration) == "requeue exit 75: stopped in time, without saving"
+    assert line(75, note(75, "SIGUSR1"), iteration=40) == (
+        "requeue exit 75: stopped in time, and saved"
+    )
+
+
+def test_what_every_node_failed_is_in_the_reason() -> None:
+    found = {"event": "judge", "attempt": 1, "everywhere": ["checkpoint disk: full"]}
+    before = (begin(1, None), found)
+    assert line(2, before=before) == (
+        "stop exit 2: every node failed the preflight: checkpoint disk: full"
+    )
+    # Passed, and then a rank found a mistake.
+    assert "a mistake that has to be mended" in line(2, note(2), before=before)
+
+
+def reported(run_dir: Path, **changes: Any) -> None:
+    """A run's own words: 20 of 20 iterations, at time 50."""
+    facts: dict[str, Any] = {
+        "state": RunState.FINISHED, "iteration": 20, "train_iters": 20, "log_interval": 1,
+        "lease_timeout_seconds": 60.0, "world_size": 1, "host": "n1", "pid": 1, "job_id": None,
+        "revision": "r", "started": 1.0, "updated": 50.0,
+    }  # fmt: skip
+    write_status(run_dir / "checkpoints", Status(**facts | changes))
+
+
+@pytest.mark.parametrize(
+    ("begun", "saved", "changes", "action"),
+    [
+        (10.0, 20, {}, "finished"),
+        (10.0, 15, {}, "requeue"),
+        (10.0, 20, {"state": RunState.SAVING}, "requeue"),
+        # Of the attempt before; this one is to train for longer.
+        (60.0, 20, {}, "requeue"),
+    ],
+)
+def test_a_signal_behind_the_last_checkpoint_does_not_bring_a_finished_run_back(
+    tmp_path: Path, begun: float, saved: int, changes: dict[str, Any], action: str
+) -> None:
+    folder = event_list(tmp_path, {**begin(1, None), "time": begun})
+    checkpoint(tmp_path, saved)
+    reported(tmp_path, **changes)
+    found = decide_and_record(
+        folder, 1, 138, signalled=True, limits=Limits(max_restarts=3), environment={}, say=print
+    )
+    assert found.action == action
+    assert events(tmp_path)[-1]["decision"] == action
 
 
 def test_the_decision_is_remembered_with_what_it_was_made_from(tmp_path: Path) -> None:

@@ -36,9 +36,10 @@ def test_a_run_folder_shows_its_attempts(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "checkpoints"):
         report = inspect_folder(folder)
         assert render(report).splitlines() == [
-            "unknown state",
+            "not started",
             "no checkpoint yet",
-            "attempt 2, 1 restarts; last decision: resubmit exit 79: x",
+            "attempt 2, 1 restarts; no decision on it yet; decision after attempt 1: resubmit exit "
+            "79: x",
             "learning rate 0.25 by --lr-from best.yaml",
             "failed nodes: n2 (1)",
             "excluded nodes: n2",
@@ -62,6 +63,7 @@ def test_a_run_that_was_given_up_is_not_healthy(tmp_path: Path) -> None:
         "lr": 0.25,
         "lr_source": "--lr-from best.yaml",
         "others": [],
+        "decided": None,
     }
 
 
@@ -95,7 +97,8 @@ def test_a_second_job_that_was_refused_is_no_problem_of_the_one_that_trains(
     assert found is not None
     assert found.problems == ()
     assert found.lines == [
-        "attempt 3, 2 restarts; last decision: requeue exit 76: x",
+        "attempt 3, 2 restarts; no decision on it yet; decision after attempt 1: requeue exit 76: "
+        "x",
         "attempt 3, of job 8, does not train: job 7 holds the folder",
         "learning rate 0.5 by --lr 0.5",
     ]
@@ -112,6 +115,25 @@ def test_a_second_job_that_was_refused_is_no_problem_of_the_one_that_trains(
     assert inspect_folder(tmp_path).problems[:2] == refused
     folder.config.write_text('{"faults": {"lease_timeout_seconds": 600}}')
     assert not set(refused) & set(inspect_folder(tmp_path).problems)
+
+
+def test_a_run_that_no_node_could_start_has_not_started_and_says_why(tmp_path: Path) -> None:
+    judged = {"event": "judge", "attempt": 1, "bad_nodes": {"n2": "clock: late"},
+              "everywhere": ["checkpoint disk: full"], "stuck": "n1 hangs"}  # fmt: skip
+    event_list(tmp_path, {"event": "begin", "attempt": 1}, judged)
+    report = inspect_folder(tmp_path)
+    assert report.problems == (
+        "every node failed the preflight: checkpoint disk: full",
+        "the preflight did not end: n1 hangs",
+        "node n2 failed the preflight: clock: late",
+    )
+    assert render(report).splitlines()[0] == "not started"
+
+
+def test_a_launch_folder_before_its_first_attempt_points_to_the_log(tmp_path: Path) -> None:
+    (tmp_path / "launch").mkdir()
+    with pytest.raises(CheckpointError, match="no attempt has begun yet; see slurm-NAME-JOB"):
+        inspect_folder(tmp_path)
 
 
 def test_nodes_that_failed_now_are_problems(tmp_path: Path) -> None:

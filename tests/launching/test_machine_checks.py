@@ -45,7 +45,11 @@ def test_a_full_disk_is_told_in_numbers(tmp_path: Path) -> None:
         assert check_machine(run, free_gb=3.4, environment={}).failures == {}
     with patch.object(shutil, "disk_usage", lambda _path: Usage(0, 0, 900_000_000)):
         failures = check_machine(run, free_gb=0.0, environment={}).failures
-        assert "0.9 GB free in" in failures["temporary folder"]
+        assert failures["temporary folder"].startswith("900.0 MB free in ")
+        assert failures["temporary folder"].endswith(", 1.0 GB needed")
+    with patch.object(shutil, "disk_usage", lambda _path: Usage(0, 0, 4_100_000)):
+        found = check_machine(run, free_gb=0.0056, environment={})
+        assert found.failures["checkpoint disk"] == f"4.1 MB free in {tmp_path}/c, 5.6 MB needed"
 
 
 def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:

@@ -15,7 +15,14 @@ from typing import Any
 from megatron_mup.checkpoint.record import make_record
 from megatron_mup.config_io import load_config
 from tests.data.written_shards import write_shard
-from tests.slurm.cluster import FINAL_STATES, ROOT, Cluster, Job, wait_until
+from tests.slurm.cluster import (
+    FINAL_STATES,
+    PATIENCE_SECONDS,
+    ROOT,
+    Cluster,
+    Job,
+    wait_until,
+)
 
 _STAND_IN = Path(__file__).with_name("stub_megatron_mup.sh")
 PYTHON = (sys.executable, "-m", "megatron_mup")
@@ -161,15 +168,23 @@ class Site:
         """Wait until a job has ended; returns its record."""
         return self._wait(job, lambda record: record.state in FINAL_STATES, "to end")
 
-    def wait_restarts(self, job: int, number: int) -> None:
+    def wait_restarts(self, job: int, number: int, *, seconds: float = PATIENCE_SECONDS) -> None:
         """Wait until a job has been put back so many times."""
         self._wait(
             job,
             lambda record: record.restarts >= number and record.state == "RUNNING",
             f"to start for the {number}th time again",
+            seconds=seconds,
         )
 
-    def _wait(self, job: int, condition: Callable[[Job], bool], what: str) -> Job:
+    def _wait(
+        self,
+        job: int,
+        condition: Callable[[Job], bool],
+        what: str,
+        *,
+        seconds: float = PATIENCE_SECONDS,
+    ) -> Job:
         """Wait for a job, with shorter waits before its restarts than Slurm's."""
         hurried = set()
 
@@ -182,7 +197,7 @@ class Site:
                 self.cluster.run("scontrol", "update", *change, check=False)
             return condition(record)
 
-        (record,) = self.cluster.wait_jobs(job, holds, what)
+        (record,) = self.cluster.wait_jobs(job, holds, what, seconds=seconds)
         return record
 
 

@@ -90,6 +90,16 @@ def test_a_signal_in_the_checks_and_a_requeue_from_outside_only_put_the_job_back
     assert second >= 5
 
 
+def test_ranks_get_the_script_s_environment_though_sbatch_exported_little(run):
+    job = run.submit(options=("--exclusive", "--export=PATH,SLURM_CONF"))
+
+    ended = run.site.end(job)
+
+    assert (ended.state, ended.restarts) == ("COMPLETED", 0), run.log(job)
+    ranks = run.site.environments(f"{job}.0", "train")
+    assert {each["MEGATRON_MUP_ATTEMPT"] for each in ranks.values()} == {"1"}
+
+
 def test_a_job_that_is_cancelled_does_not_come_back(run):
     job = run.submit()
     run.wait_for_iteration(2, job=job)
