@@ -14,6 +14,7 @@ from megatron_mup.checkpoint.integrity import (
     check_files,
     checkpoint_folder,
     digest_files,
+    file_order,
     read_checksums,
     whole_iterations,
     write_checksums,
@@ -97,7 +98,17 @@ def test_ranks_share_the_files_by_bytes_and_miss_none(folder: Path) -> None:
     shares = [check_files(folder, rank=rank, size=2) for rank in range(2)]
     named = [[problem.split()[0].rsplit("/", 1)[1] for problem in share] for share in shares]
     # 5000 bytes to rank 0, 3000 and 4 to rank 1.
-    assert named == [["__0_0.distcp"], ["__1_0.distcp", ".metadata"]]
+    assert named == [["__0_0.distcp"], [".metadata", "__1_0.distcp"]]
+
+
+def test_files_are_read_in_the_order_in_which_they_were_written() -> None:
+    names = ["__1_0.distcp", "__0_10.distcp", "__0_9.distcp", ".metadata"]
+    assert sorted(names, key=file_order) == [
+        ".metadata",
+        "__0_9.distcp",
+        "__0_10.distcp",
+        "__1_0.distcp",
+    ]
 
 
 def test_a_rank_without_a_share_reads_nothing(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sysconfig
 from functools import partial
@@ -292,3 +293,16 @@ def test_sizes_are_read(text: str, size: int) -> None:
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="--max-shard-size"):
         parse_size(text, "--max-shard-size")
+
+
+@pytest.mark.parametrize("given", [None, "0"])
+def test_a_conversion_leaves_the_environment_as_it_was(
+    given: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "THP_MEM_ALLOC_ENABLE"
+    monkeypatch.delenv(name, raising=False)
+    if given is not None:
+        monkeypatch.setenv(name, given)
+    with pytest.raises(MupError):
+        call("inspect", tmp_path / "nothing")
+    assert os.environ.get(name) == given
