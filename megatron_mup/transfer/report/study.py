@@ -179,7 +179,7 @@ def _arm(
         curves=tuple(curves),
         minima=tuple(minima),
         transfer=transfer,
-        verdict=judge(transfer),
+        verdict=judge(transfer, axis=rows[0].axis),
         predictions=tuple(
             (size, predict_log2_lr(minima, size, level=level))
             for size in _predicted_sizes(sizes[0], _next_size(sizes))

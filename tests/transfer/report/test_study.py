@@ -111,3 +111,14 @@ def test_the_zero_shot_penalty_names_its_sizes_where_all_arms_have_them():
 def test_what_cannot_be_reported_is_refused(rows, level, words):
     with pytest.raises(DataError, match=words):
         study_rows(rows, level=level)
+
+
+def test_a_verdict_speaks_of_what_was_scaled() -> None:
+    rows = [
+        a_row(axis="depth", size=size, log2_lr=rate, validation_loss=3.0 + 0.1 * (rate + 5) ** 2)
+        for size in (2.0, 4.0)
+        for rate in (-7.0, -6.0, -5.0, -4.0, -3.0)
+    ]
+    (arm,) = study_rows(rows).arms
+    assert "the smallest depth's best learning rate" in arm.verdict.because
+    assert "width" not in arm.verdict.because
