@@ -232,17 +232,18 @@ def existing_file(prefix: Path, suffix: str) -> Path:
     path = Path(f"{prefix}{suffix}")
     if path.is_file():
         return path
+    # A relative path means another file in every folder.
+    missing = f"no file {path}" + ("" if path.is_absolute() else f" ({path.absolute()})")
     # The commonest slips: a shell completes the file's name; the job is named for its split.
     if prefix.suffix in (".bin", ".idx"):
-        raise DataError(f"no file {path}; pass the prefix without {prefix.suffix}")
+        raise DataError(f"{missing}; pass the prefix without {prefix.suffix}")
     if job_manifest_path(prefix).is_file():
         raise DataError(
-            f"no file {path}: {prefix} is the output prefix of a whole job; name one of its "
+            f"{missing}: {prefix} is the output prefix of a whole job; name one of its "
             f"splits, e.g. {prefix}_train"
         )
     raise DataError(
-        f"no file {path}; correct the shard's prefix, or make it with `megatron-mup data "
-        "preprocess`"
+        f"{missing}; correct the shard's prefix, or make it with `megatron-mup data preprocess`"
     )
 
 

@@ -24,7 +24,7 @@ from megatron_mup.config_io import (
     read_sections,
 )
 from megatron_mup.data.publication import publish_text
-from megatron_mup.errors import ConfigError, DataError, MupError
+from megatron_mup.errors import ConfigError, MupError
 from megatron_mup.launching.attempts import (
     BEGIN,
     Event,
@@ -366,14 +366,7 @@ def _check(run: RunConfig, world_size: int, say: Say) -> None:
     check_outputs(run)
     check_resumable(run)
     check_save_folder(run)
-    try:
-        check_training_data(run)
-    except DataError as error:
-        paths = map(Path, (*run.data.train_data_path, *run.data.valid_data_path))
-        missing = [path for path in paths if f"no file {path}." in str(error)]
-        if not missing or missing[0].is_absolute():
-            raise
-        raise DataError(f"{error}; {missing[0]} is {missing[0].absolute()}") from error
+    check_training_data(run)
     warning = repetition_warning(check_epochs(run, samples_after(run.training, run.planned_iters)))
     if warning is not None:
         say(warning)
