@@ -1,4 +1,4 @@
-"""Processes as the operating system sees them: is one still there, how old is this one, its end.
+"""What the operating system says of processes (is one there, how old, its end) and the processor.
 
 Reads Linux's /proc and nothing else; where it is missing, the answer is None or "just started".
 Must not import anything of the package.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import platform
 import sys
 import time
 from collections.abc import Mapping
@@ -41,6 +42,17 @@ def seconds_since_start() -> float:
     if started is None:
         return 0.0
     return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - started / os.sysconf("SC_CLK_TCK"))
+
+
+def processor_name() -> str:
+    """Model of the processor; the kind of machine where the system does not tell."""
+    try:
+        lines = (_PROC / "cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    # One line per core, and none at all on some ARM machines.
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
 
 
 def machine_identity() -> str | None:

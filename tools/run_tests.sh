@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs the unit and dist levels of the tests, the gpu level where there is a GPU, the slurm level
-# where Slurm is installed and the browser level where Chromium is. Arguments go to pytest; a `-m` among them replaces this choice of levels.
-# WORKERS is the number of processes.
+# where Slurm is installed and the browser level where Chromium is. Arguments go to pytest; a `-m` among
+# them replaces this choice of levels. WORKERS is the number of processes.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

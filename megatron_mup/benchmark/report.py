@@ -18,6 +18,7 @@ from megatron_mup.benchmark.measure import Ratio
 from megatron_mup.benchmark.save_cost import SaveCost, Times
 from megatron_mup.data.publication import publish_text
 from megatron_mup.errors import ConfigError
+from megatron_mup.os_processes import processor_name
 from megatron_mup.revision import revision
 
 
@@ -57,16 +58,6 @@ class Circumstances:
     command: str
 
 
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return python_platform.processor() or python_platform.machine()
-    # One line per core, and none at all on some ARM machines.
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else python_platform.machine()
-
-
 def circumstances(command: str) -> Circumstances:
     """Describe this machine, the installed versions, the commit and the time.
 
@@ -77,7 +68,8 @@ def circumstances(command: str) -> Circumstances:
     python = python_platform.python_version()
     now = datetime.datetime.now(datetime.UTC)
     return Circumstances(
-        machine=f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s) used",
+        machine=f"{processor_name()}, {os.cpu_count()} cores, "
+        f"{torch.get_num_threads()} thread(s) used",
         software=f"megatron_mup {__version__}, {packages}, Python {python}",
         commit=revision(),
         date=now.strftime("%Y-%m-%d %H:%M UTC"),

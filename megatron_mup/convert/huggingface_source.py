@@ -23,6 +23,7 @@ from megatron_mup.convert.huggingface_folder import (
     several,
 )
 from megatron_mup.convert.safetensors_shards import DTYPES
+from megatron_mup.convert.weights import all_finite
 from megatron_mup.errors import CheckpointError
 
 _TIED_READOUT = "lm_head.weight"
@@ -68,7 +69,7 @@ class HuggingFaceSource:
         hf_name = self._names[name]
         file = self._files[hf_name]
         values = file.read(hf_name)
-        if not torch.stack(torch.aminmax(values)).isfinite().all():
+        if not all_finite(values):
             raise CheckpointError(
                 f"{file.path}: tensor {hf_name} is not finite; the file is damaged, or its "
                 "training had diverged"

@@ -38,7 +38,7 @@ from megatron_mup.convert.safetensors_shards import (
     plan_shards,
     write_file,
 )
-from megatron_mup.convert.weight_checksums import TENSOR_CHECKSUMS
+from megatron_mup.convert.weight_checksums import write_tensor_checksums
 from megatron_mup.convert.weights import WeightSource
 from megatron_mup.errors import CheckpointError
 
@@ -224,7 +224,7 @@ class _Exporter:
                 digests |= task.result()
         finally:
             pool.shutdown(cancel_futures=True)
-        _write_json(folder / TENSOR_CHECKSUMS, {"format": 1, "crc32": sums})
+        write_tensor_checksums(folder, sums)
         write_checksums(folder, digests)
 
     def write_card(self, folder: Path, token_ids: dict[str, int | None]) -> None:

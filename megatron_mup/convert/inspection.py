@@ -14,8 +14,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megatron_mup.checkpoint.folders import read_record
 from megatron_mup.checkpoint.integrity import CHECKSUMS, check_files, read_checksums
 from megatron_mup.convert.formats import HfTensor, hf_tensors, stored_model
@@ -32,6 +30,7 @@ from megatron_mup.convert.stored_blocks import Sizes
 from megatron_mup.convert.stored_places import COMMON_STATE, OPTIMIZER_PREFIX, place_of
 from megatron_mup.convert.stored_tensors import StoredTensors
 from megatron_mup.convert.weight_checksums import changed_weights, has_checksums
+from megatron_mup.convert.weights import all_finite
 from megatron_mup.errors import CheckpointError
 from megatron_mup.parameterization.roles import ModelShape, logical_tensors
 
@@ -285,7 +284,7 @@ def _unreadable(folder: HuggingFaceFolder) -> list[str]:
         except CheckpointError as error:
             found.append(f"{error}.")
             continue
-        if values.numel() and not torch.stack(torch.aminmax(values)).isfinite().all():
+        if not all_finite(values):
             found.append(f"{file.path}: {name} is not finite.")
     return found
 

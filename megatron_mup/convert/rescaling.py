@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_mup.config import ModelConfig
-from megatron_mup.convert.weights import WeightSource
+from megatron_mup.convert.weights import WeightSource, all_finite
 from megatron_mup.errors import CheckpointError
 from megatron_mup.parameterization.evaluation import Multipliers
 from megatron_mup.parameterization.roles import NormGain, Part, Role, logical_tensors
@@ -137,18 +137,14 @@ class RescaledWeights:
         factor = self.factor(name)
         if factor == 1.0:
             return values
-        before = _is_finite(values)
         values = values.float().mul_(factor)
-        if before and not _is_finite(values):
+        # A source that is not finite itself is its reader's to judge.
+        if not all_finite(values) and all_finite(self._source.read(name)):
             raise CheckpointError(
                 f"{self.where}: {name} times {factor:g}, which the target's multipliers ask for, "
                 "is beyond fp32; choose multipliers nearer to the source's"
             )
         return values
-
-
-def _is_finite(values: Tensor) -> bool:
-    return bool(torch.stack(torch.aminmax(values)).isfinite().all())
 
 
 def _check_models(before: ModelConfig, after: ModelConfig) -> None:

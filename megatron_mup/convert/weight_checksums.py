@@ -9,6 +9,7 @@ list of their CRC-32. Must not import torch before a file has changed.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_mup.checkpoint.integrity import (
@@ -26,6 +27,12 @@ TENSOR_CHECKSUMS = "tensor_checksums.json"
 def has_checksums(folder: Path) -> bool:
     """Whether an export lists the SHA-256 of its weights."""
     return (folder / CHECKSUMS).is_file()
+
+
+def write_tensor_checksums(folder: Path, sums: Mapping[str, int]) -> None:
+    """List the CRC-32 of each tensor of an export, by its name."""
+    text = json.dumps({"format": 1, "crc32": dict(sums)}, indent=2, sort_keys=True)
+    (folder / TENSOR_CHECKSUMS).write_text(text + "\n", encoding="utf-8")
 
 
 def changed_weights(folder: Path) -> list[str]:

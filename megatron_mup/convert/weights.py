@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from megatron_mup.config import ModelConfig
@@ -42,3 +43,8 @@ class WeightSource(Protocol):
             CheckpointError: it is missing, damaged or of another shape; names file and tensor.
         """
         ...
+
+
+def all_finite(values: Tensor) -> bool:
+    """Whether no element is NaN or infinite; makes no second tensor, for NaN is its own extreme."""
+    return not values.numel() or bool(torch.stack(torch.aminmax(values)).isfinite().all())

@@ -15,10 +15,6 @@ if TYPE_CHECKING:
     from megatron_mup.transfer.report.build import Report
     from megatron_mup.transfer.runs import Row
 
-TABLE = "runs.csv"
-"""Table of a sweep's folder."""
-
-
 Source = Annotated[
     Path,
     typer.Argument(help="Folder of a sweep, or a table: CSV or Parquet.", metavar="DIR|TABLE"),
@@ -76,7 +72,9 @@ def table_of(source: Path) -> Path:
     Raises:
         DataError: there is none.
     """
-    table = source / TABLE if source.is_dir() else source
+    from megatron_mup.transfer.sweep.folder import SweepFolder
+
+    table = SweepFolder(source).table if source.is_dir() else source
     if not table.is_file():
         raise DataError(
             f"no table of runs at '{table}'; give the folder of 'megatron-mup sweep run --out', or "

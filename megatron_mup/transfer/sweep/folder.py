@@ -160,18 +160,11 @@ class SweepFolder:
             raise DataError(f"cannot read '{self._state}': {error}; delete it") from error
         return dict(state)
 
-    def add_seconds(self, cell_id: str, seconds: float) -> float:
-        """Add to the time that a cell has taken in attempts that did not end it.
-
-        Returns:
-            The sum.
-        """
-        note = self.cell(cell_id) / "seconds"
-        with contextlib.suppress(OSError, ValueError):
-            seconds += float(note.read_text(encoding="utf-8"))
-        note.parent.mkdir(parents=True, exist_ok=True)
-        note.write_text(repr(seconds), encoding="utf-8")
-        return seconds
+    def add_seconds(self, cell_id: str, seconds: float) -> None:
+        """Add to the time that a cell has taken in attempts that did not end it."""
+        total = self.earlier_seconds(cell_id) + seconds
+        self.cell(cell_id).mkdir(parents=True, exist_ok=True)
+        (self.cell(cell_id) / "seconds").write_text(repr(total), encoding="utf-8")
 
     def earlier_seconds(self, cell_id: str) -> float:
         """What ``add_seconds`` summed up."""

@@ -6,6 +6,7 @@ replaced and its cell goes on, and a cell that fails for good is a row as well.
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -232,7 +233,7 @@ class _Runner:
         config["checkpoint"] |= {"save": str(place / "checkpoints"), "keep_last": 1}
         config["checkpoint"]["load"] = config["checkpoint"]["save"]
         if fraction is not None:
-            interval = -int(-fraction * cell.run.training.train_iters // 1)
+            interval = math.ceil(fraction * cell.run.training.train_iters)
             config["checkpoint"]["save_interval"] = interval
         return config
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from megatron_mup.config_io import config_from_dict
 from megatron_mup.errors import MupError
+from megatron_mup.os_processes import processor_name
 from megatron_mup.transfer.sweep.losses import count_spikes, final_train_loss
 
 if TYPE_CHECKING:
@@ -125,14 +126,7 @@ def _machine() -> str:
 
     from megatron_mup import platform
 
-    if platform.has_cuda():
-        return str(torch.cuda.get_device_name())
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else "CPU"
+    return str(torch.cuda.get_device_name()) if platform.has_cuda() else processor_name()
 
 
 class _Server:
