@@ -107,7 +107,9 @@ class SdpaCoreAttention(MegatronModule):  # type: ignore[misc]  # untyped upstre
     ) -> Tensor:
         """Attend causally from queries [S, B, H, D] to G key/value heads; returns [S, B, H * D]."""
         # The mask is not read: causality is the kernel's, and no dropout is ever configured.
-        query, key, value = (t.permute(1, 2, 0, 3) for t in (query_SBHD, key_SBGD, value_SBGD))
+        query, key, value = (
+            widened_on_cpu(t).permute(1, 2, 0, 3) for t in (query_SBHD, key_SBGD, value_SBGD)
+        )
         context_BHSD = functional.scaled_dot_product_attention(
             query,
             key,
@@ -116,7 +118,16 @@ class SdpaCoreAttention(MegatronModule):  # type: ignore[misc]  # untyped upstre
             scale=self.softmax_scale,
             enable_gqa=query.shape[1] != key.shape[1],
         )
-        return context_BHSD.permute(2, 0, 1, 3).flatten(2)
+        return context_BHSD.permute(2, 0, 1, 3).flatten(2).to(query_SBHD.dtype)
+
+
+def widened_on_cpu(tensor: Tensor) -> Tensor:
+    """The tensor in fp32 where the CPU's kernel is slow otherwise.
+
+    torch (2.11.0) takes two to eight times as long for the backward pass of bf16 scores on CPUs as
+    for fp32 ones, which was half of a small bf16 model's step.
+    """
+    return tensor.float() if tensor.device.type == "cpu" else tensor
 
 
 def scaled_bias_dropout_add(multiplier: float) -> Callable[[bool, bool], BiasDropoutAdd]:

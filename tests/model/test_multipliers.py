@@ -13,6 +13,7 @@ import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from torch import Tensor
+from torch.nn import functional
 
 from megatron_mup.config import RunConfig
 from megatron_mup.errors import InstallationError, ParameterizationError
@@ -156,6 +157,26 @@ def test_the_attention_scale_is_what_the_core_attention_computes_with(
     torch.testing.assert_close(context, causal_attention(query, key, value, scale))
     wrong = causal_attention(query, key, value, 2 * scale)
     assert not torch.allclose(context, wrong, rtol=1e-3, atol=1e-4)
+
+
+def test_bf16_scores_are_computed_in_fp32_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    attend = functional.scaled_dot_product_attention
+    computed = []
+
+    def watched(query: Tensor, *rest: Tensor, **options: object) -> Tensor:
+        computed.append({t.dtype for t in (query, *rest)})
+        return attend(query, *rest, **options)
+
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", watched)
+    run = tiny("num_layers=1", "bf16=true", "attention_backend=sdpa")
+    name = "decoder.layers.0.self_attention.core_attention"
+    _, seen, _ = forward(run, name)
+    (query, key, value, *_), context = seen[name]
+    assert computed == [{torch.float32}]
+    assert {t.dtype for t in (query, key, value, context)} == {torch.bfloat16}
+    # D = 16, so that the scale is 1/16.
+    expected = causal_attention(query.float(), key.float(), value.float(), 1 / 16)
+    torch.testing.assert_close(context, expected.bfloat16())
 
 
 @pytest.mark.parametrize("output_form", ["folded", "multiplier"])

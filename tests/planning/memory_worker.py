@@ -16,6 +16,7 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from megatron_mup.config import RunConfig
+from megatron_mup.model import layer_specs
 from megatron_mup.model.layer_specs import RMSNorm
 from megatron_mup.optimizer.main_weights import single_optimizers
 from megatron_mup.training.batches import micro_batches
@@ -156,9 +157,15 @@ def _one_kernel(norm: RMSNorm, hidden: Tensor) -> Tensor:
     return result
 
 
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
+
+
 def main() -> None:
     """Measure every cell of the job."""
     RMSNorm.forward = _one_kernel  # type: ignore[method-assign]
+    # The plan is of GPUs, whose attention keeps bf16.
+    layer_specs.widened_on_cpu = _as_it_is
     with joined() as (job, launch):
         for layout in job["layouts"]:
             runs = {name: tiny(*options) for name, options in layout.items()}
