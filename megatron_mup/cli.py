@@ -249,34 +249,39 @@ def quickstart(
         list[Path] | None,
         typer.Option(help="Text or JSONL file; unset takes installed Python sources and docs."),
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder of data, runs, table and picture.")] = Path(
+    out: Annotated[Path, typer.Option(help="Folder of data, runs and report.")] = Path(
         "quickstart"
     ),
     widths: Annotated[
         str, typer.Option(help="Hidden sizes, multiples of 16, increasing.")
     ] = "32,64,128",
     log2_lrs: Annotated[
-        str | None, typer.Option(help="Grid of log2 base learning rates, at least 3, increasing.")
-    ] = None,
+        str, typer.Option(help="Grid of log2 base learning rates, at least 3, increasing.")
+    ] = "-8,-7,-6,-5,-4,-3,-2",
     steps: Annotated[int, typer.Option(help="Optimizer steps of each run.")] = 200,
-    workers: Annotated[int, typer.Option(help="Runs at a time, one thread each.")] = 2,
+    seeds: Annotated[
+        str, typer.Option(help="Seeds; all but the first near the best learning rate only.")
+    ] = "1,2,3",
+    workers: Annotated[
+        int | None, typer.Option(help="Runs at a time; unset: one for each core.")
+    ] = None,
 ) -> None:
     """Train muP and SP at several widths and show where the best learning rate lies."""
     from megatron_mup.transfer import quickstart as module
+    from megatron_mup.transfer.sweep.pool import share_of_machine
 
     plan = module.QuickstartPlan(
         out=out,
         text=tuple(text or ()),
         # int refuses 32.5 and nan where float would take them.
         widths=tuple(int(width) for width in _listed("--widths", widths, int, "whole numbers")),
-        log2_lrs=module.LOG2_LRS
-        if log2_lrs is None
-        else _listed("--log2-lrs", log2_lrs, float, "numbers"),
+        log2_lrs=_listed("--log2-lrs", log2_lrs, float, "numbers"),
         steps=steps,
-        workers=workers,
+        seeds=tuple(int(seed) for seed in _listed("--seeds", seeds, int, "whole numbers")),
     )
-    records = module.run_quickstart(plan, typer.echo)
-    module.report_quickstart(plan, records, typer.echo)
+    code = module.run_quickstart(plan, share_of_machine(workers), typer.echo)
+    if code:
+        raise typer.Exit(code)
 
 
 @app.command("coord-check")

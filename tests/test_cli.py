@@ -57,6 +57,9 @@ def test_a_translation_refuses_what_it_would_ignore(
         (["--log2-lrs=-8,nan,-6"], "--log2-lrs is -8,nan,-6; give at least 3 finite numbers"),
         (["--log2-lrs=-8,-7"], "--log2-lrs is -8,-7; give at least 3 finite numbers"),
         (["--steps", "0"], "--steps is 0"),
+        (["--seeds", "1,x"], "--seeds is '1,x'; give whole numbers separated by commas"),
+        (["--seeds", "1,1"], "--seeds is 1,1; give whole numbers from 0, each once"),
+        (["--workers", "0"], "--workers is 0; give at least 1"),
     ],
 )
 def test_quickstart_refuses_lists_that_show_nothing(
@@ -66,7 +69,7 @@ def test_quickstart_refuses_lists_that_show_nothing(
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr(quickstart, "run_quickstart", None)
+    monkeypatch.setattr(quickstart, "run_sweep", None)
     out = tmp_path / "out"
     assert message in refusal(monkeypatch, capsys, "quickstart", "--out", str(out), *arguments)
     assert not out.exists()

@@ -19,7 +19,8 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SHORT = {
     "make quickstart": [
-        "megatron-mup quickstart --widths 32,64 --log2-lrs=-8,-5,-2 --steps 10 --out quickstart"
+        "megatron-mup quickstart --widths 32,64 --log2-lrs=-8,-5,-2 --steps 10 --seeds 1 "
+        "--out quickstart"
     ],
     # CI's own call of `make check` runs this target.
     "make test": [],
@@ -106,7 +107,8 @@ def test_every_command_of_the_readme_runs(folder_with_text: Path) -> None:
         outputs[line] = done.stdout
     quickstart = next(text for line, text in outputs.items() if " quickstart " in line)
     assert "| mup | 64 |" in quickstart
-    assert (folder_with_text / "quickstart" / "quickstart.png").read_bytes()[:4] == b"\x89PNG"
+    picture = folder_with_text / "quickstart" / "report" / "figures" / "loss_curves.png"
+    assert picture.read_bytes()[:4] == b"\x89PNG"
     trained = [text for line, text in outputs.items() if "first_run" in line and "train" in line]
     finals = [re.findall(r"lm loss validation (\d\.\d+)", text)[-1] for text in trained]
     # One process, two tensor-parallel ranks and a watched run print the same held-out loss.

@@ -17,6 +17,8 @@ SHIFT = 0.25
 # Penalty relative to the loss. Half a percent is what seeds scatter by, and at a scaling exponent
 # near 0.05 about a tenth of the compute.
 PENALTY = 0.005
+# A line through two sizes cannot be contradicted by them.
+FEWEST_FOR_TREND = 3
 # Octaves: an optimum known no better than this is the first to be measured again.
 _VAGUE = 0.25
 
@@ -32,10 +34,14 @@ def judge(transfer: Transfer, *, axis: str = "width") -> Verdict:
     loss = _loss(transfer)
     because = f"{_shift_words(shift, axis)}; {_penalty_words(penalty, loss, axis)}."
     if _apart(shift) or (loss is not None and (penalty.low or 0.0) > PENALTY * loss):
-        return Verdict(outcome="does not transfer", because=because, next_steps=())
+        steps = tuple(_steps_without_transfer(transfer, axis))
+        return Verdict(outcome="does not transfer", because=because, next_steps=steps)
     small = _within(shift)
     harmless = loss is not None and penalty.high is not None and penalty.high < PENALTY * loss
-    if small and harmless:
+    few = len(transfer.sizes) < FEWEST_FOR_TREND
+    if few:
+        because = f"{because[:-1]}; {len(transfer.sizes)} sizes cannot show a trend."
+    if small and harmless and not few:
         return Verdict(outcome="transfers", because=because, next_steps=())
     steps = tuple(_next_steps(transfer, axis))
     return Verdict(outcome="cannot tell", because=because, next_steps=steps)
@@ -85,6 +91,17 @@ def _penalty_words(penalty: Estimate, loss: float | None, axis: str) -> str:
     if penalty.low is not None:
         return f"{what} at least {penalty.low:.4f} nats ({penalty.reason})"
     return f"what {what} is unknown ({penalty.reason})"
+
+
+def _steps_without_transfer(transfer: Transfer, axis: str) -> list[str]:
+    """What a learning rate can still be taken from."""
+    steps = [step for one in transfer.minima for step in _edge_steps(one, axis)]
+    further = 2 * transfer.sizes[-1]
+    return [
+        *steps,
+        f"tune the learning rate at each {axis}, or follow the fitted trend of the optimum and "
+        f"check it at a further {axis}, such as {further:g}",
+    ]
 
 
 def _next_steps(transfer: Transfer, axis: str) -> list[str]:

@@ -13,7 +13,8 @@ from typing import Any
 
 from megatron_mup.data.publication import check_writable, explained_failure, publish_text
 from megatron_mup.transfer.fits import Verdict
-from megatron_mup.transfer.report.contents import axis_figure, write_contents
+from megatron_mup.transfer.report.contents import axis_figure, optima_table, write_contents
+from megatron_mup.transfer.report.document import Table
 from megatron_mup.transfer.report.figure_arms import draw_arms
 from megatron_mup.transfer.report.figure_axes import draw_axis
 from megatron_mup.transfer.report.figure_curves import draw_curves
@@ -34,12 +35,14 @@ class Report:
         page: ``report.html``, which needs no other file.
         figures: ``figures/*.svg`` and ``*.png``.
         verdicts: name of each arm -> what its runs say.
+        optima: one line for each arm and size.
     """
 
     markdown: Path
     page: Path
     figures: tuple[Path, ...]
     verdicts: Mapping[str, Verdict]
+    optima: Table
 
 
 def make_report(
@@ -80,7 +83,8 @@ def make_report(
         publish_text(page, to_html(document, drawings))
     files = tuple(figures / f"{name}.{suffix}" for name in drawings for suffix in ("svg", "png"))
     verdicts = {arm.name: arm.verdict for arm in study.arms}
-    return Report(markdown=markdown, page=page, figures=files, verdicts=verdicts)
+    optima = optima_table(study)
+    return Report(markdown=markdown, page=page, figures=files, verdicts=verdicts, optima=optima)
 
 
 def _figures(study: Study) -> dict[str, Callable[[], Any]]:

@@ -45,10 +45,36 @@ def report_command(
     title: Title = None,
 ) -> None:
     """Fit a sweep's runs; write report.md, report.html and figures; print the verdicts."""
+    report = make_folder_report(source, out=out, columns=column or [], level=level, title=title)
+    for line in summary(report):
+        typer.echo(line)
+
+
+def make_folder_report(
+    source: Path,
+    *,
+    out: Path | None = None,
+    columns: Sequence[str] = (),
+    level: float = 0.9,
+    title: str | None = None,
+) -> Report:
+    """Report on a sweep's folder or a table.
+
+    Args:
+        source: the folder or the table.
+        out: folder of the report; None: ``report``, beside the table.
+        columns: ``NAME=COLUMN`` of another program's CSV.
+        level: probability that the intervals hold.
+        title: of the report; None: the sweep's name.
+
+    Raises:
+        ConfigError: an option is refused.
+        DataError: the table cannot be read or reported on, or the folder cannot be written.
+    """
     if not 0 < level < 1:
         raise ConfigError(f"--level {level} is no probability; give a number between 0 and 1")
     table = table_of(source)
-    rows = rows_of(table, column or [])
+    rows = rows_of(table, columns)
     if title is None:
         title = f"Learning-rate transfer: {', '.join(sorted({row.sweep for row in rows}))}"
     folder = out if out is not None else table.parent / "report"
@@ -57,13 +83,11 @@ def report_command(
 
     words = ["megatron-mup", "sweep", "report", str(source)]
     words += ["--out", str(out)] if out is not None else []
-    words += [word for item in column or [] for word in ("--column", item)]
+    words += [word for item in columns for word in ("--column", item)]
     words += ["--level", f"{level:g}"] if level != 0.9 else []
-    report = make_report(
+    return make_report(
         rows, folder, title=title, level=level, command=shlex.join(words), source=str(table)
     )
-    for line in summary(report):
-        typer.echo(line)
 
 
 def table_of(source: Path) -> Path:
@@ -110,10 +134,12 @@ def rows_of(table: Path, columns: Sequence[str]) -> list[Row]:
 
 
 def summary(report: Report) -> list[str]:
-    """What the command prints: each verdict, and where the report is."""
+    """What the command prints: the optima, each verdict, and where the report is."""
+    from megatron_mup.transfer.report.markdown import table_text
     from megatron_mup.transfer.report.wording import sentence
 
-    lines = [
+    lines = [*table_text(report.optima).splitlines(), ""]
+    lines += [
         f"{name}: {verdict.outcome}. {sentence(verdict.because)}"
         for name, verdict in report.verdicts.items()
     ]

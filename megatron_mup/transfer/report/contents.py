@@ -249,6 +249,14 @@ def _minimum_row(arm: Arm, minimum: Minimum) -> tuple[str, ...]:
     )
 
 
+def optima_table(study: Study) -> Table:
+    """Optimum and loss of every arm and size, for a terminal."""
+    rows = tuple(
+        (arm.name, *_minimum_row(arm, minimum)[:4]) for arm in study.arms for minimum in arm.minima
+    )
+    return Table(("arm", study.axis, "optimum (log2 LR)", "LR", "best loss (nats)"), rows)
+
+
 def _metric_rows(study: Study, arm: Arm) -> tuple[tuple[str, str, str], ...]:
     metrics = [*_measured(arm, study.axis), *_extrapolated(study, arm)]
     return tuple(

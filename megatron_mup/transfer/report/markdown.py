@@ -40,7 +40,7 @@ def _block(block: Block) -> str:
         case Bullets():
             return "\n".join(f"- {_paragraph(item)}" for item in block.items)
         case Table():
-            return _table(block)
+            return table_text(block)
         case Figure():
             image = f"![{_escaped(block.alt)}](figures/{block.name}.png)"
             return f"{image}\n\n{_escaped(block.caption)}"
@@ -51,7 +51,9 @@ def _paragraph(block: Paragraph) -> str:
     return f"**{_escaped(block.lead)}** {text}" if block.lead else text
 
 
-def _table(block: Table) -> str:
+def table_text(block: Table) -> str:
+    """A table alone."""
+    """A table alone."""
     lines = [_row(block.head), "|" + "---|" * len(block.head)]
     return "\n".join([*lines, *(_row(row) for row in block.rows)])
 

@@ -51,21 +51,14 @@ def run_command(
     max_cells: MaxCells = None,
 ) -> None:
     """Run what the folder has no row of; ends with 1 if cells failed, 75 if interrupted."""
-    from megatron_mup.transfer.sweep.pool import cores_of_machine, divide_machine, gpus_of_machine
+    from megatron_mup.transfer.sweep.pool import share_of_machine
     from megatron_mup.transfer.sweep.session import RunRequest, run_sweep
 
-    share = divide_machine(
-        workers=workers,
-        threads=threads,
-        gpu_share=gpu_share,
-        cores=cores_of_machine(),
-        gpus=gpus_of_machine(),
-    )
     request = RunRequest(
         config=config,
         out=out,
         text=tuple(text or ()),
-        share=share,
+        share=share_of_machine(workers, threads, gpu_share),
         only=tuple(only or ()),
         max_cells=max_cells,
     )

@@ -83,6 +83,19 @@ def divide_machine(
     return Share(workers=workers, threads=threads, gpus=tuple(gpus), gpu_share=gpu_share)
 
 
+def share_of_machine(
+    workers: int | None = None, threads: int | None = None, gpu_share: int = 1
+) -> Share:
+    """Divide this machine; see ``divide_machine``."""
+    return divide_machine(
+        workers=workers,
+        threads=threads,
+        gpu_share=gpu_share,
+        cores=cores_of_machine(),
+        gpus=gpus_of_machine(),
+    )
+
+
 def cores_of_machine() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0))

@@ -11,7 +11,6 @@ from megatron_mup import exit_codes
 from megatron_mup.data.blend import parse_blend, valid_paths
 from megatron_mup.data.shard_sets import set_tokens
 from megatron_mup.errors import ConfigError, DataError
-from megatron_mup.transfer.quickstart_data import make_shards
 from megatron_mup.transfer.runs import Row, Status, read_rows, write_parquet
 from megatron_mup.transfer.sweep.base import left_out_of_base
 from megatron_mup.transfer.sweep.cells import Cell, make_cells
@@ -20,6 +19,7 @@ from megatron_mup.transfer.sweep.order import SeedsNearMinimum
 from megatron_mup.transfer.sweep.pool import Share
 from megatron_mup.transfer.sweep.results import origin_of
 from megatron_mup.transfer.sweep.runner import Ending, Limits, run_cells
+from megatron_mup.transfer.sweep.shards import make_shards
 from megatron_mup.transfer.sweep.spec import Sweep, load_sweep
 
 SOME_FAILED = 1

@@ -18,6 +18,9 @@ from megatron_mup.transfer.sweep.reading import Part, read_yaml
 
 DEFAULT_CORPUS_BYTES = 6_000_000
 
+_LARGEST_LOG2 = 64
+"""Beyond it is no learning rate, and soon no number."""
+
 
 class TokenRule(StrEnum):
     """How long a run is."""
@@ -177,7 +180,22 @@ def _sizes(scale: Part, axis: str) -> tuple[float, ...]:
 def _grids(rates: Part, arms: Iterable[str]) -> dict[str, tuple[float, ...]]:
     """The grid of each arm: its own where there is one."""
     own = rates.part("arms", list(arms), empty=True)
-    return {arm: _grid(own.part(arm, _GRID_KEYS) if own.has(arm) else rates) for arm in arms}
+    parts = {arm: own.part(arm, _GRID_KEYS) if own.has(arm) else rates for arm in arms}
+    return {arm: _checked_grid(part) for arm, part in parts.items()}
+
+
+def _checked_grid(rates: Part) -> tuple[float, ...]:
+    """The grid, unless one of it can be no learning rate."""
+    grid = _grid(rates)
+    far = [log2_lr for log2_lr in grid if abs(log2_lr) > _LARGEST_LOG2]
+    if far:
+        key = "log2" if rates.has("log2") else "log2_min" if far[0] < 0 else "log2_max"
+        raise rates.error(
+            key,
+            f"gives the learning rate 2^{far[0]:g}; give log2 of learning rates, from "
+            f"{-_LARGEST_LOG2} to {_LARGEST_LOG2}",
+        )
+    return grid
 
 
 def _grid(rates: Part) -> tuple[float, ...]:

@@ -98,3 +98,22 @@ def test_next_steps_refine_a_misfit_and_fill_a_gap_before_divergence() -> None:
     steps = judge(replace(wide, minima=(gap, bent, *wide.minima[2:]))).next_steps
     assert steps[0] == "add learning rates between 2^-6 and 2^-4 at width 64"
     assert "learning rates half an octave apart around 2^-6 at width 128" in steps
+
+
+def test_two_sizes_can_refute_a_transfer_but_not_show_one() -> None:
+    def two(shift: tuple[float, float]) -> Transfer:
+        whole = transfer(shift, (0.0, 0.01))
+        return replace(whole, sizes=whole.sizes[:2], minima=whole.minima[:2])
+
+    agreeing = judge(two((-0.1, 0.1)))
+    assert agreeing.outcome == "cannot tell"
+    assert agreeing.because.endswith("; 2 sizes cannot show a trend.")
+    assert agreeing.next_steps[-1] == "a third width, such as 256"
+    assert judge(two((-0.9, -0.7))).outcome == "does not transfer"
+
+
+def test_what_does_not_transfer_is_tuned_or_follows_its_trend() -> None:
+    assert judge(transfer((-0.9, -0.7), (0.0, 0.01))).next_steps == (
+        "tune the learning rate at each width, or follow the fitted trend of the optimum and "
+        "check it at a further width, such as 1024",
+    )

@@ -37,7 +37,12 @@ def test_the_report_of_a_sweep_lies_in_its_folder(sweep):
     code, lines = run(str(sweep))
 
     assert code == 0
-    assert re.match(r"mup: (transfers|cannot tell)\. [A-Z].*\.$", lines[0])
+    assert lines[0] == "| arm | width | optimum (log2 LR) | LR | best loss (nats) |"
+    # The sample's optimum is -6 at both widths, with noise.
+    assert re.match(r"\| mup \| 64 \| -(5\.9|6\.0)\d \[", lines[2])
+    assert re.match(r"\| mup \| 128 \| -(5\.9|6\.0)\d \[", lines[3])
+    assert lines[4] == ""
+    assert re.match(r"mup: (transfers|cannot tell)\. [A-Z].*\.$", lines[5])
     assert lines[-1] == f"report: {sweep}/report/report.html (also report.md, figures/)"
     text = (sweep / "report/report.md").read_text(encoding="utf-8")
     assert text.startswith("# Learning-rate transfer: sample\n")

@@ -8,11 +8,11 @@ import pytest
 
 from megatron_mup.data.shards import open_shard
 from megatron_mup.errors import DataError
-from megatron_mup.transfer.quickstart_data import make_shards
 from megatron_mup.transfer.sweep.cells import make_cells
 from megatron_mup.transfer.sweep.folder import SweepFolder
 from megatron_mup.transfer.sweep.results import data_digest
 from megatron_mup.transfer.sweep.session import prepare_data
+from megatron_mup.transfer.sweep.shards import make_shards
 from tests.transfer.sweep.sweeps import SWEEP, sweep_of
 
 

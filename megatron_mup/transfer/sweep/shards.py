@@ -1,4 +1,4 @@
-"""The quickstart's text: corpus, tokenizer and token shards, each made once."""
+"""A sweep's own text: corpus, tokenizer and token shards, each made once."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def _write_text(corpus: Path, text: Sequence[Path], corpus_bytes: int) -> int:
         size = stream.tell()
         if size < MIN_TEXT_BYTES:
             raise DataError(
-                f"the text has {size:,} bytes, too few for the quickstart's tokenizer; give at "
+                f"the text has {size:,} bytes, too few for a tokenizer; give at "
                 f"least {MIN_TEXT_BYTES:,}, better some megabytes"
             )
     return count
