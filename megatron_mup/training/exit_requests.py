@@ -90,8 +90,9 @@ class ExitRequests:
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         if os.getpid() != self._pid:
-            # A forked helper process inherits this handler, but must still end when told to.
-            self._restore(number)
+            # A forked helper process inherits this handler, but must still end when told to,
+            # also where the handler before this one ignored the signal.
+            signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
         self._received = max(self._received, _SIGNALS[signal.Signals(number)])

@@ -7,7 +7,10 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -35,17 +38,22 @@ def test_handlers_from_before_are_back_afterwards() -> None:
     assert [signal.getsignal(number) for number in numbers] == before
 
 
+@contextmanager
+def handled_by(number: signal.Signals, handler: Any) -> Iterator[None]:
+    """A signal's handler for a while."""
+    before = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+
+
 def test_the_second_interrupt_is_the_usual_one() -> None:
     # A shell starts background jobs with interrupts ignored; that is inherited.
-    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        _interrupt_twice()
-    finally:
-        signal.signal(signal.SIGINT, inherited)
-
-
-def _interrupt_twice() -> None:
-    with ExitRequests() as requests:
+    with (
+        handled_by(signal.SIGINT, signal.default_int_handler),
+        ExitRequests() as requests,
+    ):
         # A signal that is sent to the process may wait for one of its other threads.
         signal.raise_signal(signal.SIGINT)
         assert requests.agreed() is ExitReason.SIGINT
@@ -75,9 +83,10 @@ def test_outside_the_main_thread_only_the_time_limit_works() -> None:
     assert found == [before, ExitReason.TIME_LIMIT]
 
 
-def test_a_forked_helper_still_ends_when_it_is_told_to() -> None:
+@pytest.mark.parametrize("before", [signal.SIG_DFL, signal.SIG_IGN])
+def test_a_forked_helper_still_ends_when_it_is_told_to(before: signal.Handlers) -> None:
     ready, tell = os.pipe()
-    with ExitRequests():
+    with handled_by(signal.SIGTERM, before), ExitRequests():
         child = os.fork()
         if child == 0:
             # Python drops what comes during the fork itself, so the parent waits for this.
