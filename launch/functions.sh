@@ -20,7 +20,7 @@ in_batch_script() { in_job && [[ ${ENVIRONMENT:-} == BATCH ]]; }
 
 # What users set: in the environment, in launch/env, or both.
 run_settings=(LR LR_FROM RUN_DIR MAX_RESTARTS EXCLUDE_AFTER LAUNCHER GPUS_PER_NODE PREFLIGHT_SECONDS
-    CONTROLLER_SECONDS RATES AT_ONCE PARTS WORKERS LOGS)
+    CONTROLLER_SECONDS RATES AT_ONCE PARTS WORKERS LOGS TASKS TASK_OPTIONS)
 site_settings=(SITE_OPTIONS CONTAINER MEGATRON_MUP TORCHRUN MASTER_ADDR MASTER_PORT)
 
 # Refuse settings among a script's arguments: check_arguments ARGUMENT ...

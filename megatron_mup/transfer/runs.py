@@ -170,6 +170,11 @@ def append_row(path: Path, row: Row) -> None:
         os.fsync(file.fileno())
 
 
+def table_text(rows: Iterable[Row]) -> str:
+    """A whole CSV table with its header."""
+    return "".join(map(_csv_line, [COLUMNS, *(_values(row).values() for row in rows)]))
+
+
 def read_rows(path: Path) -> list[Row]:
     """Rows of a table, by suffix CSV or Parquet; of a cell that is there twice the last one.
 

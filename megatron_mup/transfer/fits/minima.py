@@ -35,6 +35,7 @@ class _Piece:
     grid: Grid
     window: tuple[float, ...]
     misfit: str | None = None
+    narrowed: bool = False
 
     def fit(self, asymmetries: tuple[float, ...]) -> ShapeFit:
         """Fit the window's runs for each asymmetry."""
@@ -127,9 +128,10 @@ def _act_on_misfits(together: _Fitted, narrowed: bool) -> bool:
         window = choose_window(piece.grid, NARROW)
         if narrowed or len(window) == len(piece.window):
             piece.misfit = f"{words}; do not trust the intervals"
+            piece.narrowed = False
             continue
         piece.misfit = f"{words}; only points within {NARROW:g} octave of the lowest are used"
-        piece.window = window
+        piece.window, piece.narrowed = window, True
         changed = True
     return changed
 
@@ -167,6 +169,7 @@ def _minimum(together: _Fitted, index: int) -> Minimum:
         diverged=piece.grid.diverged_runs,
         noise=math.sqrt(noise.variances[index]) if noise.variances else None,
         misfit=piece.misfit,
+        narrowed=piece.narrowed,
         lowest=(piece.grid.log2_lrs[best], piece.grid.means[best]),
         asymmetry=float(fit.design.asymmetries[profile.best]) if found else None,
         shared_error=shared if together.asymmetries.shared else 0.0,

@@ -67,6 +67,8 @@ class Minimum:
         noise: standard deviation of one run's loss beside its seed's own level, nats.
         misfit: words, if the fitted curve does not describe the points.
         lowest: (log2 LR, mean loss) of the best grid point.
+        narrowed: the curve misses the points of the usual window, but not those of a narrower one,
+            which are used.
         asymmetry: k of the fitted curve loss + curvature (e^(k d) - k d - 1) / k^2 at a distance
             of d octaves from the optimum; 0: a parabola, above 0: steeper on the right.
         shared_error: signed part of the optimum's error, octaves, that all curves fitted with one
@@ -86,6 +88,7 @@ class Minimum:
     noise: float | None
     misfit: str | None
     lowest: tuple[float, float] | None
+    narrowed: bool = False
     asymmetry: float | None = None
     shared_error: float = 0.0
     notes: tuple[str, ...] = ()

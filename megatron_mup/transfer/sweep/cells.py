@@ -194,6 +194,24 @@ def _cells_of(
         )
 
 
+def with_rate_and_seed(cell: Cell, *, log2_lr: float, seed: int) -> Cell:
+    """The run of the same curve at another learning rate or seed.
+
+    Args:
+        cell: any run of the curve.
+        log2_lr: log2 of the peak base learning rate.
+        seed: of weights and data order.
+    """
+    data = json.loads(cell.canonical)
+    data["optimizer"]["lr"], data["training"]["seed"] = 2.0**log2_lr, seed
+    run = replace(
+        cell.run,
+        optimizer=replace(cell.run.optimizer, lr=2.0**log2_lr),
+        training=replace(cell.run.training, seed=seed),
+    )
+    return replace(cell, log2_lr=log2_lr, seed=seed, run=run, canonical=canonical_json(data))
+
+
 def _flops(run: RunConfig) -> float:
     """Of all training steps, and of one evaluation at a third of a step's cost."""
     training = run.training

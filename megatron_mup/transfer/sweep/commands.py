@@ -31,10 +31,14 @@ Threads = Annotated[
 GpuShare = Annotated[int, typer.Option("--gpu-share", help="Workers that share a GPU.")]
 Only = Annotated[
     list[str] | None,
-    typer.Option("--only", help="Run this arm or size only.", metavar="ARM[/SIZE]"),
+    typer.Option("--only", help="This arm or size only.", metavar="ARM[/SIZE]"),
 ]
 MaxCells = Annotated[
     int | None, typer.Option("--max-cells", min=1, help="Start no more than so many cells.")
+]
+TaskOf = Annotated[
+    str | None,
+    typer.Option("--task", help="Run share I of N, beside other tasks.", metavar="I/N"),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -49,10 +53,12 @@ def run_command(
     gpu_share: GpuShare = 1,
     only: Only = None,
     max_cells: MaxCells = None,
+    task: TaskOf = None,
 ) -> None:
     """Run what the folder has no row of; ends with 1 if cells failed, 75 if interrupted."""
     from megatron_mup.transfer.sweep.pool import share_of_machine
     from megatron_mup.transfer.sweep.session import RunRequest, run_sweep
+    from megatron_mup.transfer.sweep.tasks import task_from_text
 
     request = RunRequest(
         config=config,
@@ -61,8 +67,28 @@ def run_command(
         share=share_of_machine(workers, threads, gpu_share),
         only=tuple(only or ()),
         max_cells=max_cells,
+        task=None if task is None else task_from_text(task),
     )
     code = run_sweep(request, typer.echo)
+    if code:
+        raise typer.Exit(code)
+
+
+@app.command("prepare", cls=PlainCommand)
+def prepare_command(config: SweepYaml, out: Out, text: Text = None) -> None:
+    """Check everything and make the shards; 'run --task' begins after it."""
+    from megatron_mup.transfer.sweep.session import prepare_sweep
+
+    prepare_sweep(config, out, text=text or [], echo=typer.echo)
+
+
+@app.command("merge", cls=PlainCommand)
+def merge_command(folder: Folder, only: Only = None) -> None:
+    """Make one table of those of all tasks; ends with 1 if runs failed or are missing."""
+    from megatron_mup.transfer.sweep.folder import SweepFolder
+    from megatron_mup.transfer.sweep.session import merge_sweep
+
+    code = merge_sweep(SweepFolder(folder), only=only or [], echo=typer.echo)
     if code:
         raise typer.Exit(code)
 
@@ -75,7 +101,6 @@ def plan_command(
     ] = None,
 ) -> None:
     """Print sizes, lengths and cost; nothing is run or written."""
-    from megatron_mup.transfer.runs import read_rows
     from megatron_mup.transfer.sweep.cells import make_cells
     from megatron_mup.transfer.sweep.folder import SweepFolder
     from megatron_mup.transfer.sweep.plan_report import render_plan
@@ -86,7 +111,7 @@ def plan_command(
     folder = SweepFolder(out or Path("sweep"))
     cells = make_cells(sweep, folder.data)
     check_text(sweep, cells, ())
-    rows = {} if out is None else {row.cell: row for row in read_rows(folder.table)}
+    rows = {} if out is None else {row.cell: row for row in folder.rows()}
     typer.echo(render_plan(sweep, cells, rows))
 
 

@@ -35,6 +35,22 @@ def ended(row: Row | None) -> bool:
     return row is not None and row.status is not Status.FAILED
 
 
+def middle_first(cells: Sequence[Cell]) -> list[Cell]:
+    """The cells in an order that makes later ones comparable with what is probably the best.
+
+    Args:
+        cells: of the whole grid.
+
+    Returns:
+        The learning rates in the middle of each curve first, otherwise as given.
+    """
+    rates: dict[object, list[float]] = {}
+    for cell in cells:
+        rates.setdefault(cell.curve, []).append(cell.log2_lr)
+    middles = {curve: (min(of_it) + max(of_it)) / 2 for curve, of_it in rates.items()}
+    return sorted(cells, key=lambda cell: abs(cell.log2_lr - middles[cell.curve]))
+
+
 class SeedsNearMinimum:
     """The first seed everywhere, further seeds near its lowest loss.
 

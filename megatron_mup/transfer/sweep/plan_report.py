@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from megatron_mup.transfer.runs import Row
 from megatron_mup.transfer.sweep.cells import Cell
-from megatron_mup.transfer.sweep.order import SeedsNearMinimum, ended
+from megatron_mup.transfer.sweep.order import ended
 from megatron_mup.transfer.sweep.progress import Rates, duration
+from megatron_mup.transfer.sweep.refinement import strategy_of
 from megatron_mup.transfer.sweep.scaling import parameter_counts
 from megatron_mup.transfer.sweep.spec import Sweep
 
@@ -105,14 +106,14 @@ def _range(line: PlanLine) -> str:
 
 
 def _cost_lines(sweep: Sweep, cells: Sequence[Cell], rows: Mapping[str, Row]) -> list[str]:
-    strategy = SeedsNearMinimum(cells, sweep.seeds_within_octaves)
+    strategy = strategy_of(sweep, cells)
     wanted, undecided = strategy.wanted(rows), strategy.undecided(rows)
     first, further = sum(cell.flops for cell in wanted), sum(cell.flops for cell in undecided)
     count, most = f"{len(wanted)}", ""
     if undecided:
         count = f"{len(wanted)} to {len(wanted) + len(undecided)}"
         most = f" to {first + further:.3g}"
-    lines = [f"whole cost: {count} runs, {first:.3g}{most} model FLOPs"]
+    lines = [f"whole cost: {count} runs, {first:.3g}{most} model FLOPs", *_refine_lines(sweep)]
     left = [cell for cell in wanted if not ended(rows.get(cell.id))]
     rates = Rates(cells, rows)
     times = [[rates.seconds(cell) for cell in kind] for kind in (left, undecided)]
@@ -121,3 +122,13 @@ def _cost_lines(sweep: Sweep, cells: Sequence[Cell], rows: Mapping[str, Row]) ->
     least, more = (sum(filter(None, kind)) for kind in times)
     upper = f" to {duration(least + more)}" if more else ""
     return [*lines, f"left: {len(left)} runs, about {duration(least)}{upper} of one worker"]
+
+
+def _refine_lines(sweep: Sweep) -> list[str]:
+    """What the counts cannot hold, because results decide it."""
+    if sweep.refine is None:
+        return []
+    most = (
+        "any number of" if sweep.refine.max_cells is None else f"at most {sweep.refine.max_cells}"
+    )
+    return [f"refine: {most} runs more, in {sweep.refine.max_rounds} rounds at most"]

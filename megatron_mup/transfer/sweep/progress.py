@@ -114,8 +114,8 @@ def outcome_words(row: Row) -> str:
     """How a run ended."""
     if row.status is Status.FINISHED:
         return f"loss {row.validation_loss:.4f}"
-    if row.status is Status.DIVERGED:
-        return f"diverged at step {row.steps}"
+    if row.status in (Status.DIVERGED, Status.STOPPED_EARLY):
+        return f"{row.status.value.replace('_', ' ')} at step {row.steps}"
     return row.status.value.replace("_", " ")
 
 

@@ -99,6 +99,24 @@ class Part:
         data = self._data.get(key, {}) if empty else self._required(key)
         return Part(data, self._origin, self._full(key), known)
 
+    def value(self, key: str) -> Any:
+        """Whatever is there; missing is an error."""
+        return self._required(key)
+
+    def text(self, key: str) -> str:
+        """A text that is not empty."""
+        value = self._required(key)
+        if not isinstance(value, str) or not value:
+            raise self.error(key, f"is {value!r}; give a text")
+        return value
+
+    def options(self, key: str) -> dict[str, Any]:
+        """A mapping of names to plain values; empty if it is not given."""
+        values = self._data.get(key, {})
+        if not isinstance(values, dict):
+            raise self.error(key, f"is {values!r}; give a mapping of options")
+        return {str(name): value for name, value in values.items()}
+
     def name(self, key: str) -> str:
         """A name that can be a part of a file's."""
         return self.checked_name(key, self._required(key))

@@ -11,7 +11,7 @@ import signal
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
@@ -24,6 +24,8 @@ from megatron_mup.transfer.sweep.order import Strategy, ended
 from megatron_mup.transfer.sweep.pool import Pool, Share, Worker
 from megatron_mup.transfer.sweep.progress import Progress
 from megatron_mup.transfer.sweep.results import Attempted, Origin, make_row
+from megatron_mup.transfer.sweep.spec import StopEarly
+from megatron_mup.transfer.sweep.stopping import contest
 
 ATTEMPTS = 3
 """Times that a cell is started in one command; its worker may die twice."""
@@ -32,6 +34,7 @@ _SECONDS_BETWEEN_STATES = 1.0
 _POLL_SECONDS = 0.2
 
 Print = Callable[[str], None]
+Recorded = Callable[[Mapping[str, Row]], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,12 +46,14 @@ class Limits:
         max_cells: start no more than so many; None: no limit.
         checkpoint_fraction: part of a run between checkpoints; None: no checkpoints.
         keep_checkpoints: keep each run's last checkpoint.
+        stop_early: end runs that are surely not the best; None: all run to their end.
     """
 
     only: Collection[str] | None = None
     max_cells: int | None = None
     checkpoint_fraction: float | None = None
     keep_checkpoints: bool = False
+    stop_early: StopEarly | None = None
 
 
 @dataclass
@@ -85,6 +90,7 @@ def run_cells(
     share: Share,
     limits: Limits,
     echo: Print,
+    recorded: Recorded = lambda _rows: None,
 ) -> Ending:
     """Run what a strategy wants and has no row yet.
 
@@ -96,6 +102,7 @@ def run_cells(
         share: processes to use.
         limits: what to leave out.
         echo: receives progress lines.
+        recorded: receives all rows (cell id -> row) when some were added.
 
     Returns:
         All rows, and whether a request to stop came.
@@ -104,14 +111,10 @@ def run_cells(
         InstallationError: a worker process cannot start.
     """
     runner = _Runner(strategy, Ending(dict(rows)), folder=folder, origin=origin, limits=limits)
-    runner.echo = echo
-    missing = runner.missing()
-    if not missing:
-        return runner.ending
-    useful = len(missing[: limits.max_cells])
-    share = replace(share, workers=min(share.workers, useful))
-    with _stop_requests(runner):
-        runner.run(Pool(share, folder.workers), share.workers)
+    runner.echo, runner.recorded = echo, recorded
+    if runner.missing():
+        with _stop_requests(runner):
+            runner.run(Pool(share, folder.workers), share.workers)
     return runner.ending
 
 
@@ -146,8 +149,10 @@ class _Runner:
         self.strategy, self.ending, self.limits = strategy, ending, limits
         self.folder, self.origin = folder, origin
         self.echo: Print = lambda _line: None
+        self.recorded: Recorded = lambda _rows: None
         self.stops = 0
         self._asked = False
+        self._slots = 0
         self._tasks: dict[Worker, _Task] = {}
         self._attempts: dict[str, int] = {}
         self._retry: list[Cell] = []
@@ -179,9 +184,8 @@ class _Runner:
     def run(self, pool: Pool, workers: int) -> None:
         """Until nothing is left to start and nothing runs."""
         try:
-            for slot in range(workers):
-                pool.start(slot)
             while True:
+                self._start_workers(pool, workers)
                 self._give_work(pool)
                 self._tell()
                 if not self._tasks and (self.stops or not self.missing()):
@@ -198,6 +202,16 @@ class _Runner:
             pool.close(kill=bool(self._tasks))
             self.ending.interrupted = bool(self.stops)
             self._write_state(last=True)
+
+    def _start_workers(self, pool: Pool, workers: int) -> None:
+        """As many as there is work for, which may become more; one that cannot start only once."""
+        count, most = len(self.missing()), self.limits.max_cells
+        if most is not None:
+            count = min(count, max(1, most - len(self._attempts)))
+        free = len(pool.workers) - len(self._tasks)
+        for _ in range(0 if self.stops else min(workers - self._slots, count - free)):
+            pool.start(self._slots)
+            self._slots += 1
 
     def _give_work(self, pool: Pool) -> None:
         idle = [
@@ -216,7 +230,17 @@ class _Runner:
         self.folder.write_config(cell)
         started = datetime.now(UTC).isoformat(timespec="seconds")
         self._tasks[worker] = _Task(cell, time.monotonic(), started)
-        worker.send({"cell": cell.id, "config": self._placed(cell, worker.slot)})
+        request: dict[str, Any] = {
+            "cell": cell.id,
+            "config": self._placed(cell, worker.slot),
+            "curve": str(self.folder.curve(cell.id)),
+        }
+        rule = self.limits.stop_early
+        if rule is not None:
+            # Files of the rivals are looked for when the time comes.
+            wanted = self.strategy.wanted(self.ending.rows)
+            request["contest"] = contest(cell, wanted, rule=rule, folder=self.folder)
+        worker.send(request)
 
     def _placed(self, cell: Cell, slot: int) -> dict[str, Any]:
         """The cell's configuration with its places."""
@@ -226,10 +250,12 @@ class _Runner:
         # Of every step, for spikes and the mean at the end.
         config["logging"]["log_interval"] = 1
         fraction, keep = self.limits.checkpoint_fraction, self.limits.keep_checkpoints
-        if fraction is None and not keep:
+        saves = fraction is not None or keep
+        if saves or self.limits.stop_early is not None:
+            config["logging"]["metrics_path"] = str(self.folder.metrics(cell.id))
+        if not saves:
             return config
         place = self.folder.cell(cell.id)
-        config["logging"]["metrics_path"] = str(place / "metrics.jsonl")
         config["checkpoint"] |= {"save": str(place / "checkpoints"), "keep_last": 1}
         config["checkpoint"]["load"] = config["checkpoint"]["save"]
         if fraction is not None:
@@ -290,6 +316,8 @@ class _Runner:
         """Progress lines, once the free workers have their next cells."""
         for cell, row, reason in self._lines:
             self.echo(self._progress.line(cell, row, running=len(self._tasks), reason=reason))
+        if self._lines:
+            self.recorded(self.ending.rows)
         self._lines.clear()
 
     def _died(self, pool: Pool, worker: Worker) -> None:

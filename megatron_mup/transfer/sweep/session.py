@@ -11,19 +11,25 @@ from megatron_mup import exit_codes
 from megatron_mup.data.blend import parse_blend, valid_paths
 from megatron_mup.data.shard_sets import set_tokens
 from megatron_mup.errors import ConfigError, DataError
-from megatron_mup.transfer.runs import Row, Status, read_rows, write_parquet
+from megatron_mup.transfer.runs import Row, Status, write_parquet
 from megatron_mup.transfer.sweep.base import left_out_of_base
 from megatron_mup.transfer.sweep.cells import Cell, make_cells
 from megatron_mup.transfer.sweep.folder import SweepFolder
-from megatron_mup.transfer.sweep.order import SeedsNearMinimum
+from megatron_mup.transfer.sweep.order import SeedsNearMinimum, Strategy, middle_first
 from megatron_mup.transfer.sweep.pool import Share
+from megatron_mup.transfer.sweep.refinement import DecisionLog, strategy_of
 from megatron_mup.transfer.sweep.results import origin_of
 from megatron_mup.transfer.sweep.runner import Ending, Limits, run_cells
 from megatron_mup.transfer.sweep.shards import make_shards
 from megatron_mup.transfer.sweep.spec import Sweep, load_sweep
+from megatron_mup.transfer.sweep.tasks import Everywhere, Task, lacking, merge_tables, share_of
+from megatron_mup.transfer.sweep.text_source import check_same_text
 
 SOME_FAILED = 1
 """Exit code of a sweep that is through, but has failed cells."""
+
+_NAMED = 10
+"""Runs that are named one by one before the rest is counted."""
 
 Print = Callable[[str], None]
 
@@ -39,6 +45,7 @@ class RunRequest:
         share: processes to use.
         only: ``ARM`` or ``ARM/SIZE``; empty: all.
         max_cells: start no more than so many; None: no limit.
+        task: run a share of the cells, beside other tasks; None: all of them.
     """
 
     config: Path
@@ -47,6 +54,7 @@ class RunRequest:
     share: Share
     only: tuple[str, ...] = ()
     max_cells: int | None = None
+    task: Task | None = None
 
 
 def run_sweep(request: RunRequest, echo: Print) -> int:
@@ -63,15 +71,18 @@ def run_sweep(request: RunRequest, echo: Print) -> int:
         MupError: before anything runs, if the YAML, a configuration or the data do not fit.
     """
     sweep = load_sweep(request.config)
-    folder = SweepFolder(request.out)
+    folder = SweepFolder(request.out, None if request.task is None else request.task.number)
     cells = make_cells(sweep, folder.data)
     limits = Limits(
-        only=selected_ids(cells, request.only) if request.only else None,
+        only=_chosen(cells, request),
         max_cells=request.max_cells,
         checkpoint_fraction=sweep.checkpoint_fraction,
         keep_checkpoints=sweep.keep_checkpoints,
+        stop_early=sweep.stop_early,
     )
     check_text(sweep, cells, request.text)
+    if limits.only == frozenset():
+        echo("this task has no runs: there are fewer runs than tasks")
     for option in left_out_of_base(sweep):
         echo(f"base: {option} is left out; the sweep places checkpoints and logs itself")
     with folder.locked():
@@ -91,24 +102,117 @@ def _run_locked(
 ) -> Ending:
     """Compare with what is on record, and run the rest; the folder is held and has its data."""
     origin = origin_of(sweep.name, cells[0].run)
-    rows = {row.cell: row for row in read_rows(folder.table)}
-    check_same_data(cells, rows, origin.data_sha256)
+    if folder.task is None and len(folder.writers()) > 1:
+        merge_tables(folder)
+    rows = {row.cell: row for row in folder.rows()}
+    strategy = _strategy(sweep, cells, folder)
+    everything = list({cell.id: cell for cell in (*cells, *strategy.wanted(rows))}.values())
+    check_same_data(everything, rows, origin.data_sha256)
     folder.write_sweep(sweep)
-    for line in record_lines(cells, rows):
+    for line in record_lines(everything, rows):
         echo(line)
+    log = DecisionLog(folder, strategy, echo)
+    log.update(rows)
     try:
         return run_cells(
-            SeedsNearMinimum(cells, sweep.seeds_within_octaves),
+            strategy,
             rows,
             folder=folder,
             origin=origin,
             share=share,
             limits=limits,
             echo=echo,
+            recorded=log.update,
         )
     finally:
         shutil.rmtree(folder.cache, ignore_errors=True)
-        write_parquet(folder.parquet, read_rows(folder.table))
+        if folder.task is None:
+            write_parquet(folder.parquet, folder.rows())
+
+
+def _strategy(sweep: Sweep, cells: Sequence[Cell], folder: SweepFolder) -> Strategy:
+    if folder.task is None:
+        return strategy_of(sweep, cells)
+    ordered = cells if sweep.stop_early is None else middle_first(cells)
+    if sweep.seeds_within_octaves is None:
+        # A task sees no row of another that is made meanwhile, and needs none.
+        return Everywhere(ordered)
+    # What refines asks for rows of all tasks; a command without --task does so afterwards.
+    return SeedsNearMinimum(ordered, sweep.seeds_within_octaves)
+
+
+def _chosen(cells: Sequence[Cell], request: RunRequest) -> frozenset[str] | None:
+    """Ids of what the command line names; None: all."""
+    named = selected_ids(cells, request.only) if request.only else None
+    if request.task is None:
+        return named
+    return share_of([cell for cell in cells if named is None or cell.id in named], request.task)
+
+
+def prepare_sweep(
+    config: Path, out: Path, *, text: Sequence[Path], echo: Callable[[str], None]
+) -> None:
+    """Check a sweep and make its shards, so that the tasks of an array can begin.
+
+    Args:
+        config: the sweep's YAML.
+        out: the sweep's folder.
+        text: files for tokenizer and shards; empty: installed Python sources.
+        echo: receives progress lines.
+
+    Raises:
+        MupError: the YAML, a configuration or the data do not fit.
+    """
+    sweep = load_sweep(config)
+    folder = SweepFolder(out)
+    cells = make_cells(sweep, folder.data)
+    check_text(sweep, cells, text)
+    with folder.locked():
+        prepare_data(sweep, cells, folder=folder, text=text, echo=echo)
+        rows = {row.cell: row for row in folder.rows()}
+        check_same_data(cells, rows, origin_of(sweep.name, cells[0].run).data_sha256)
+        folder.write_sweep(sweep)
+    echo(f"{folder.path} is ready for tasks: up to {len(cells)} runs")
+    if sweep.refine is not None:
+        echo(
+            "refine: tasks leave it out; 'megatron-mup sweep run' without --task does it afterwards"
+        )
+
+
+def merge_sweep(folder: SweepFolder, *, only: Sequence[str], echo: Print) -> int:
+    """Make one table of those of all tasks, and say what they have left undone.
+
+    Args:
+        folder: of the sweep; tasks may be writing to it.
+        only: ``ARM`` or ``ARM/SIZE`` of what tasks were to run; empty: all.
+        echo: receives lines.
+
+    Returns:
+        The process's exit code: 0 if all these runs of the grid are there, otherwise 1.
+
+    Raises:
+        MupError: this is no sweep's folder, or a command that is no task holds it.
+    """
+    sweep = folder.read_sweep()
+    cells = make_cells(sweep, folder.data)
+    if only:
+        chosen = selected_ids(cells, only)
+        cells = [cell for cell in cells if cell.id in chosen]
+    with folder.shared():
+        merge_tables(folder)
+        rows = {row.cell: row for row in folder.rows()}
+    left = lacking(sweep, cells, rows)
+    echo(f"{len(rows)} runs in {folder.table}")
+    if not left:
+        return exit_codes.FINISHED
+    failed = sum(cell.id in rows for cell in left)
+    echo(f"{failed} runs failed and {len(left) - failed} are missing:")
+    for cell in left[:_NAMED]:
+        echo(f"  {cell.words}: {'failed' if cell.id in rows else 'missing'}")
+    if len(left) > _NAMED:
+        echo(f"  and {len(left) - _NAMED} more")
+    echo("start the tasks again, or 'megatron-mup sweep run': what is done is not done again")
+    return SOME_FAILED
 
 
 def _end(ending: Ending, folder: SweepFolder, echo: Print) -> int:
@@ -188,6 +292,12 @@ def prepare_data(
     from megatron_mup.data.checks import check_epochs, check_training_data
 
     if sweep.text is not None:
+        if folder.task is not None and not folder.has_shards():
+            raise DataError(
+                f"there are no shards in {folder.data}; make them with 'megatron-mup sweep "
+                "prepare' before the tasks begin"
+            )
+        check_same_text(folder.data, text)
         make_shards(
             folder.data,
             text=text,

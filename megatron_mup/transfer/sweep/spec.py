@@ -21,6 +21,9 @@ DEFAULT_CORPUS_BYTES = 6_000_000
 _LARGEST_LOG2 = 64
 """Beyond it is no learning rate, and soon no number."""
 
+_INTERVAL_OCTAVES, _MAX_ROUNDS, _WIDEST = 0.5, 3, (-14.0, 2.0)
+_AFTER, _MARGIN = 0.5, 1.0
+
 
 class TokenRule(StrEnum):
     """How long a run is."""
@@ -67,6 +70,37 @@ class TextOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Refine:
+    """How far runs are added around each minimum; see ``refinement``.
+
+    Attributes:
+        interval_octaves: an optimum whose interval is this narrow needs no more runs.
+        max_rounds: times that runs are added.
+        max_cells: most runs that are added, shared equally by arms and further axes; None: no
+            limit.
+        widest: lowest and highest log2 learning rate that may be added.
+    """
+
+    interval_octaves: float
+    max_rounds: int
+    max_cells: int | None
+    widest: tuple[float, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StopEarly:
+    """When a run that is surely not the best ends before its time; see ``stopping``.
+
+    Attributes:
+        after: part of the run at which it is looked at first.
+        margin: how far its loss must lie above the lowest, in standard deviations of one step.
+    """
+
+    after: float
+    margin: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Sweep:
     """What a sweep's YAML asks for.
 
@@ -86,6 +120,8 @@ class Sweep:
         eval_tokens: positions of the evaluation; None: ``training.eval_iters`` of the base.
         checkpoint_fraction: part of a run between checkpoints; None: no checkpoints.
         keep_checkpoints: keep each run's last checkpoint.
+        refine: add runs around the minima; None: the grid alone.
+        stop_early: end runs that are surely not the best; None: all run to their end.
         document: the YAML as plain data, with the base in it.
     """
 
@@ -104,6 +140,8 @@ class Sweep:
     eval_tokens: int | None
     checkpoint_fraction: float | None
     keep_checkpoints: bool
+    refine: Refine | None
+    stop_early: StopEarly | None
     document: Mapping[str, Any]
 
 
@@ -139,6 +177,8 @@ _KEYS = (
     "axes",
     "text",
     "run",
+    "refine",
+    "stop_early",
 )
 
 
@@ -166,6 +206,8 @@ def sweep_from_dict(data: Any, *, origin: str) -> Sweep:
         eval_tokens=run.count("eval_tokens"),
         checkpoint_fraction=run.number("checkpoint_fraction", above=0.0, most=1.0),
         keep_checkpoints=run.flag("keep_checkpoints"),
+        refine=_refine(top),
+        stop_early=_stop_early(top),
         document=dict(data),
     )
 
@@ -237,6 +279,30 @@ def _arms(top: Part) -> dict[str, Mapping[str, Any]]:
     if not arms:
         raise top.error("arms", "is empty; name a variant or leave it out")
     return {top.checked_name("arms", name): dict(options) for name, options in arms.items()}
+
+
+def _refine(top: Part) -> Refine | None:
+    if not top.has("refine"):
+        return None
+    refine = top.part("refine", ("interval_octaves", "max_rounds", "max_cells", "widest"))
+    widest = refine.numbers("widest", default=list(_WIDEST), increasing=True)
+    if len(widest) != 2:
+        raise refine.error("widest", f"is {widest}; give the lowest and the highest log2 rate")
+    return Refine(
+        interval_octaves=refine.number("interval_octaves", above=0.0) or _INTERVAL_OCTAVES,
+        max_rounds=refine.count("max_rounds") or _MAX_ROUNDS,
+        max_cells=refine.count("max_cells"),
+        widest=(widest[0], widest[1]),
+    )
+
+
+def _stop_early(top: Part) -> StopEarly | None:
+    if not top.has("stop_early"):
+        return None
+    stop = top.part("stop_early", ("after", "margin"))
+    after = stop.number("after", above=0.0, most=0.95)
+    margin = stop.number("margin", above=0.0)
+    return StopEarly(after=after or _AFTER, margin=margin or _MARGIN)
 
 
 def _text(top: Part) -> TextOptions | None:

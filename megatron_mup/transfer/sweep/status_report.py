@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megatron_mup.transfer.runs import Row, Status, read_rows
+from megatron_mup.transfer.runs import Row, Status
 from megatron_mup.transfer.sweep.cells import Cell, make_cells
 from megatron_mup.transfer.sweep.folder import SweepFolder
-from megatron_mup.transfer.sweep.order import SeedsNearMinimum
 from megatron_mup.transfer.sweep.progress import Progress, duration
+from megatron_mup.transfer.sweep.refinement import decisions_of, strategy_of
 
 _COLUMNS = ("ended", "running", "diverged", "failed", "lowest loss", "at log2 LR")
 
@@ -25,22 +25,28 @@ def sweep_status(folder: SweepFolder) -> dict[str, Any]:
     """
     sweep = folder.read_sweep()
     cells = make_cells(sweep, folder.data)
-    rows = {row.cell: row for row in read_rows(folder.table)}
-    owner = folder.owner()
-    state = folder.read_state()
+    rows = {row.cell: row for row in folder.rows()}
     # A state that nobody owns tells what ran when its command ended.
-    running = state.get("running", []) if owner else []
-    progress = Progress(SeedsNearMinimum(cells, sweep.seeds_within_octaves), rows, selected=None)
-    ids = {cell.id for cell in cells}
+    states = [(writer.owner(), writer.read_state()) for writer in folder.writers()]
+    owner = "; ".join(owner for owner, _ in states if owner) or None
+    running = [item for owner, state in states if owner for item in state.get("running", [])]
+    strategy = strategy_of(sweep, cells)
+    progress = Progress(strategy, rows, selected=None)
+    everything = list({cell.id: cell for cell in (*cells, *strategy.wanted(rows))}.values())
+    ids = {cell.id for cell in everything}
     return {
         "sweep": sweep.name,
         "axis": sweep.axis,
         "owner": owner,
-        "updated": state.get("updated"),
+        "updated": max(filter(None, (state.get("updated") for _, state in states)), default=None),
         **progress.summary(len(running)),
         "rows_of_other_cells": sum(cell_id not in ids for cell_id in rows),
         "running": running,
-        "curves": _curves(cells, rows, [item["cell"] for item in running]),
+        "curves": _curves(everything, rows, [item["cell"] for item in running]),
+        "refinement": [
+            {**decision.record, "words": decision.words}
+            for decision in decisions_of(strategy, rows)
+        ],
     }
 
 
@@ -97,6 +103,8 @@ def render_status(status: Mapping[str, Any]) -> str:
         "|" + " ---: |" * (2 + len(_COLUMNS)),
         *map(_curve_line, status["curves"]),
     ]
+    if status["refinement"]:
+        lines += ["", *(f"refine {decision['words']}" for decision in status["refinement"])]
     return "\n".join(lines)
 
 

@@ -23,7 +23,9 @@ from typing import TYPE_CHECKING, Any, TextIO
 from megatron_mup.config_io import config_from_dict
 from megatron_mup.errors import MupError
 from megatron_mup.os_processes import processor_name
+from megatron_mup.transfer.sweep.curves import losses_by_step, write_curve
 from megatron_mup.transfer.sweep.losses import count_spikes, final_train_loss
+from megatron_mup.transfer.sweep.stopping import Contest
 
 if TYPE_CHECKING:
     from megatron_mup.training.outcome import TrainResult
@@ -40,10 +42,20 @@ class Watch:
     Args:
         report: receives the iteration, about once a second.
         stopping: whether a request to stop has come.
+        contest: says when the run is not worth its end; None: it has no rivals.
+
+    Attributes:
+        stopped_early: whether the contest has ended the run.
     """
 
-    def __init__(self, report: Callable[[int], None], stopping: Callable[[], bool]) -> None:
-        self._report, self._stopping = report, stopping
+    def __init__(
+        self,
+        report: Callable[[int], None],
+        stopping: Callable[[], bool],
+        contest: Contest | None = None,
+    ) -> None:
+        self._report, self._stopping, self._contest = report, stopping, contest
+        self.stopped_early = False
         self._reported = time.monotonic()
 
     @contextmanager
@@ -54,7 +66,11 @@ class Watch:
         yield
 
     def due(self, iteration: int) -> bool:
-        """Report; no step is looked on at."""
+        """Report, and end the run after this step if the last one showed that it is the worse."""
+        # The metrics of the step before are written: every step is logged.
+        if self._contest is not None and self._contest.ends_after(iteration - 1):
+            self.stopped_early = True
+            signal.raise_signal(signal.SIGUSR1)
         now = time.monotonic()
         if now - self._reported >= _SECONDS_BETWEEN_REPORTS:
             self._reported = now
@@ -74,12 +90,13 @@ class Watch:
         return {}
 
 
-def run_cell(config: Mapping[str, Any], watch: Watch) -> Answer:
+def run_cell(config: Mapping[str, Any], watch: Watch, *, curve: Path | None = None) -> Answer:
     """Train one cell in this process.
 
     Args:
         config: every section of its configuration.
         watch: looks on.
+        curve: where the losses of a run that is through are kept; None: nowhere.
 
     Returns:
         How it ended and its losses.
@@ -92,9 +109,13 @@ def run_cell(config: Mapping[str, Any], watch: Watch) -> Answer:
 
     run = config_from_dict(dict(config))
     result = train(run, launch=Launch(), observer=watch, echo=_silent)
-    losses = _losses(result, run.logging.metrics_path)
+    rows = _rows(result, run.logging.metrics_path)
+    losses = [row["lm loss"] for row in rows if "lm loss" in row]
+    end = _end(result, watch)
+    if curve is not None and end in ("finished", "stopped_early"):
+        write_curve(curve, losses_by_step(rows))
     return {
-        "end": _end(result),
+        "end": end,
         "steps": result.iteration,
         "validation_loss": result.validation_loss,
         "train_loss": None if result.diverged else final_train_loss(losses),
@@ -102,18 +123,19 @@ def run_cell(config: Mapping[str, Any], watch: Watch) -> Answer:
     }
 
 
-def _end(result: TrainResult) -> str:
+def _end(result: TrainResult, watch: Watch) -> str:
     if result.diverged:
         return "diverged"
-    return "finished" if result.stopped is None else "stopped"
+    if result.stopped is None:
+        return "finished"
+    return "stopped_early" if watch.stopped_early else "stopped"
 
 
-def _losses(result: TrainResult, metrics: str | None) -> list[float]:
-    """Of every step; the file knows those before a resume as well."""
+def _rows(result: TrainResult, metrics: str | None) -> list[dict[str, float]]:
+    """Metrics of every step; the file knows those before a resume as well."""
     from megatron_mup.training.metrics import read_metrics
 
-    rows = result.history if metrics is None else read_metrics(Path(metrics))
-    return [row["lm loss"] for row in rows if "lm loss" in row]
+    return result.history if metrics is None else read_metrics(Path(metrics))
 
 
 def _silent(_line: str) -> None:
@@ -167,8 +189,10 @@ class _Server:
             self._say({"cell": request["cell"], "iteration": iteration})
 
         try:
-            watch = Watch(report, lambda: self._stopping)
-            return {"outcome": run_cell(request["config"], watch)}
+            contest = Contest(request["contest"]) if "contest" in request else None
+            watch = Watch(report, lambda: self._stopping, contest)
+            curve = Path(request["curve"])
+            return {"outcome": run_cell(request["config"], watch, curve=curve)}
         except MupError as error:
             return {"error": str(error), "final": True}
         except Exception as error:

@@ -216,6 +216,7 @@ def test_a_shape_that_is_none_of_ours_is_reported_and_fitted_narrowly() -> None:
     sweep, truth = draw(family, np.random.default_rng(2))
     for one, optimum in zip(fit_minima(sweep), truth.optima, strict=True):
         assert one.misfit is not None
+        assert one.narrowed == ("only points within" in one.misfit)
         assert one.window[1] - one.window[0] <= 2.0
         assert one.log2_lr.value == pytest.approx(optimum, abs=0.3)
 

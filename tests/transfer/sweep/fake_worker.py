@@ -11,7 +11,14 @@ import os
 import signal
 import sys
 
-BEHAVIOUR = {-1.0: "dies", -2.0: "refuses", -3.0: "breaks", -4.0: "diverges", -5.0: "waits"}
+BEHAVIOUR = {
+    -1.0: "dies",
+    -2.0: "refuses",
+    -3.0: "breaks",
+    -4.0: "diverges",
+    -5.0: "waits",
+    -5.5: "loses",
+}
 """log2 LR -> what happens; any other cell ends with the loss (log2 LR + 7)^2."""
 
 
@@ -24,10 +31,12 @@ def answer(cell: str, log2_lr: float) -> dict[str, object]:
     behaviour = None if os.environ.get("FAKE_WORKER_CALM") else BEHAVIOUR.get(log2_lr)
     if behaviour == "dies":
         os.kill(os.getpid(), signal.SIGKILL)
-    if behaviour == "waits":
+    if behaviour in ("waits", "loses"):
         say({"cell": cell, "iteration": 3})
         signal.sigwait({signal.SIGUSR1})
-        return {"outcome": {"end": "stopped", "steps": 4}}
+        # One of them was to end after the same step for its loss.
+        end = "stopped" if behaviour == "waits" else "stopped_early"
+        return {"outcome": {"end": end, "steps": 4, "train_loss": 5.0}}
     if behaviour == "refuses":
         return {"error": "no such kernel", "final": True}
     if behaviour == "breaks":

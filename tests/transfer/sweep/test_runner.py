@@ -158,6 +158,19 @@ def test_a_request_to_stop_ends_running_cells_and_keeps_rows(
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_a_run_that_ends_early_as_the_request_comes_is_through(
+    run: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    only = {"seeds": [1], "scale": {"axis": "width", "values": [32]}}
+    _stop_at_progress(monkeypatch, signal.SIGTERM)
+    ending = run([-5.5], **only)
+    assert ending.interrupted
+    (row,) = ending.rows.values()
+    assert (row.status.value, row.steps, row.train_loss) == ("stopped_early", 4, 5.0)
+    assert math.isnan(row.validation_loss)
+    assert run([-5.5], **only).made == []
+
+
 def test_time_of_interrupted_attempts_counts(
     run: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

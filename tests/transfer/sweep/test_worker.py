@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_mup.training.exit_requests import ExitReason, ExitRequests
+from megatron_mup.training.outcome import TrainResult
 from megatron_mup.transfer.sweep import worker
 from megatron_mup.transfer.sweep.worker import Watch
 
@@ -30,6 +31,25 @@ def test_progress_is_reported_about_once_a_second(monkeypatch: pytest.MonkeyPatc
         now += 0.4
         assert not watch.due(iteration)
     assert reports == [3, 6, 9]
+
+
+@pytest.mark.parametrize(
+    ("result", "early", "end"),
+    [
+        (TrainResult(), False, "finished"),
+        (TrainResult(stopped=ExitReason.SIGTERM), False, "stopped"),
+        (TrainResult(stopped=ExitReason.SIGUSR1), True, "stopped_early"),
+        # A request of the user that comes with the decision changes nothing.
+        (TrainResult(stopped=ExitReason.SIGTERM), True, "stopped_early"),
+        # The decision came with the last step.
+        (TrainResult(), True, "finished"),
+        (TrainResult(diverged=True, stopped=ExitReason.SIGUSR1), True, "diverged"),
+    ],
+)
+def test_how_a_run_ended(result: TrainResult, early: bool, end: str) -> None:
+    watch = Watch(lambda _iteration: None, lambda: False)
+    watch.stopped_early = early
+    assert worker._end(result, watch) == end
 
 
 def test_a_worker_ends_when_its_parent_is_gone() -> None:
