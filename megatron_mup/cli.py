@@ -27,6 +27,7 @@ from megatron_mup.generation_command import generate_command
 from megatron_mup.launching.commands import app as launch_app
 from megatron_mup.os_processes import end_now, is_one_of_several_ranks
 from megatron_mup.planning.command import plan_command
+from megatron_mup.transfer.campaign.command import campaign_command
 from megatron_mup.transfer.sweep.commands import app as sweep_app
 
 app = typer.Typer(
@@ -40,6 +41,7 @@ app.add_typer(launch_app, name="launch", help="Steps of the launch scripts aroun
 app.add_typer(sweep_app, name="sweep", help="Learning rates over sizes: plan, run, follow.")
 app.command("generate", cls=PlainCommand)(generate_command)
 app.command("plan", cls=PlainCommand)(plan_command)
+app.command("campaign", cls=PlainCommand)(campaign_command)
 
 ConfigOption = Annotated[
     Path | None, typer.Option("--config", help="YAML configuration; see docs/configuration.md.")

@@ -1,0 +1,324 @@
+"""One ``megatron-mup campaign``: coordinate check, proxy sweep, fit, gate, target.
+
+Each stage that is through is on record and runs again only if what it depends on has changed; the
+sweep and the coordinate check are run by their own packages.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_mup import exit_codes
+from megatron_mup.config import RunConfig
+from megatron_mup.config_io import config_to_dict
+from megatron_mup.data.publication import publish_text
+from megatron_mup.transfer.campaign.fit import Fit, fit_proxies, own_rows
+from megatron_mup.transfer.campaign.gate import Stop, stops_after_fit, stops_before_runs
+from megatron_mup.transfer.campaign.likeness import warnings
+from megatron_mup.transfer.campaign.records import Records
+from megatron_mup.transfer.campaign.spec import Campaign, load_campaign
+from megatron_mup.transfer.campaign.target import (
+    TargetFiles,
+    interval_words,
+    launch_line,
+    prediction_record,
+    write_target,
+)
+from megatron_mup.transfer.runs import Row
+from megatron_mup.transfer.sweep.base import portable_document
+from megatron_mup.transfer.sweep.folder import SweepFolder
+from megatron_mup.transfer.sweep.folder_lock import LOCK, held
+from megatron_mup.transfer.sweep.pool import Share
+from megatron_mup.transfer.sweep.session import RunRequest, check_text, run_sweep
+
+STOPPED = 1
+"""Exit code where the check failed, runs failed, or the gate stopped."""
+
+Print = Callable[[str], None]
+
+
+class Stage(StrEnum):
+    """In order."""
+
+    COORDINATE_CHECK = "coordinate_check"
+    SWEEP = "sweep"
+    FIT = "fit"
+    GATE = "gate"
+    TARGET = "target"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CampaignRequest:
+    """What the command line says.
+
+    Attributes:
+        config: the campaign's YAML.
+        out: the campaign's folder.
+        text: files for tokenizer and shards; empty: installed Python sources.
+        share: processes of the sweep.
+        until: last stage to run.
+    """
+
+    config: Path
+    out: Path
+    text: tuple[Path, ...]
+    share: Share
+    until: Stage = Stage.TARGET
+
+
+def run_campaign(request: CampaignRequest, echo: Print) -> int:
+    """Run the stages that are not through.
+
+    Args:
+        request: what to run and where.
+        echo: receives lines.
+
+    Returns:
+        The process's exit code: 0, 1 where a stage says stop, 75 after a request to stop.
+
+    Raises:
+        MupError: before anything runs, if the YAML, a configuration or the data do not fit.
+    """
+    runner = _Runner(request, load_campaign(request.config), echo)
+    with held(request.out, LOCK, by="campaign"):
+        try:
+            return runner.refuse_early() or _run_stages(runner, request.until)
+        except KeyboardInterrupt:
+            # Stages are on record when they are through; the sweep hears Ctrl-C itself.
+            echo("interrupted; the same command goes on from here")
+            return exit_codes.STOPPED_SAVED
+
+
+def _run_stages(runner: _Runner, until: Stage) -> int:
+    """One after the other, as long as none says stop; the folder is held."""
+    stages = [
+        (Stage.COORDINATE_CHECK, runner.check),
+        (Stage.SWEEP, runner.sweep),
+        (Stage.FIT, runner.fit),
+        (Stage.GATE, runner.gate),
+        (Stage.TARGET, runner.target),
+    ]
+    runner.prepare()
+    for stage, step in stages:
+        code = step()
+        if code or stage is until:
+            return code
+    return exit_codes.FINISHED
+
+
+class _Runner:
+    """The command's own variables: cells, and what the last stage found."""
+
+    def __init__(self, request: CampaignRequest, campaign: Campaign, echo: Print) -> None:
+        self._request, self._campaign, self._echo = request, campaign, echo
+        self._records = Records(request.out / "stages")
+        self._folder = SweepFolder(request.out / "sweep")
+        self._cells = campaign.proxies(self._folder.data)
+        self._rows: list[Row] = []
+        self._fit: Fit | None = None
+        self._inputs_of_gate: Any = None
+
+    @property
+    def _widths(self) -> list[float]:
+        return list(self._campaign.sweep.sizes)
+
+    @property
+    def _largest(self) -> RunConfig:
+        """The arm at its largest width."""
+        return max(self._cells, key=lambda cell: cell.size).run
+
+    def refuse_early(self) -> int:
+        """Refuse what is known to fail before anything runs; returns the exit code."""
+        request = self._request
+        check_text(self._campaign.sweep, self._cells, request.text)
+        stops = self._early_stops()
+        if stops and request.until in (Stage.GATE, Stage.TARGET):
+            self._forget_after(Stage.FIT)
+            return self._stopped(stops, "nothing was run")
+        for stop in stops:
+            self._echo(f"the gate will stop: {stop.why}")
+        return exit_codes.FINISHED
+
+    def prepare(self) -> None:
+        """Write the sweep of the arm, as this command and the tasks of an array read it."""
+        document = yaml.safe_dump(portable_document(self._campaign.sweep), sort_keys=False)
+        publish_text(self._sweep_yaml, document)
+
+    @property
+    def _sweep_yaml(self) -> Path:
+        return self._request.out / "sweep.yaml"
+
+    def _early_stops(self) -> list[Stop]:
+        return stops_before_runs(
+            self._largest,
+            self._campaign.target,
+            widths=self._widths,
+            rules=self._campaign.gate,
+        )
+
+    def check(self) -> int:
+        """The coordinate check of the arm, at the proxies' widths."""
+        from megatron_mup.transfer.campaign.checking import check_arm, check_inputs
+
+        first = min(self._cells, key=lambda cell: cell.size).run
+        folder = self._request.out / Stage.COORDINATE_CHECK
+        inputs = check_inputs(first, self._campaign.check, self._widths)
+        if self._records.is_done(Stage.COORDINATE_CHECK, inputs):
+            self._echo(f"coordinate check: passed before; {folder}")
+            return 0
+        self._forget_after(Stage.COORDINATE_CHECK)
+        if not check_arm(inputs, folder, self._echo):
+            self._echo(
+                f"the campaign stops: the coordinate check of arm {self._campaign.arm} failed; the "
+                "modules named above move with the width, so that no learning rate will transfer. "
+                "Mend the arm's parameterization, or, if the widths are too few or too small to "
+                "tell, set coordinate_check.widths"
+            )
+            return STOPPED
+        self._records.write(Stage.COORDINATE_CHECK, inputs, {"passed": True, "folder": str(folder)})
+        return 0
+
+    def sweep(self) -> int:
+        """The arm's runs."""
+        campaign, request = self._campaign, self._request
+        inputs = {"sweep": portable_document(campaign.sweep)}
+        if not self._records.is_done(Stage.SWEEP, inputs):
+            self._forget_after(Stage.SWEEP)
+        # Always: the table, the text and the shards may be others, and what is there takes no time.
+        sweep = RunRequest(
+            config=self._sweep_yaml,
+            out=self._folder.path,
+            text=request.text,
+            share=request.share,
+        )
+        code = run_sweep(sweep, self._echo)
+        if code == exit_codes.FINISHED:
+            self._records.write(Stage.SWEEP, inputs, {"table": str(self._folder.table)})
+        elif code != exit_codes.STOPPED_SAVED:
+            self._echo("the campaign stops: runs failed; the same command tries them again")
+        return code
+
+    def fit(self) -> int:
+        """Minima, verdict and prediction; a report is written where the runs have changed."""
+        campaign, out = self._campaign, self._request.out
+        self._rows = own_rows(self._folder.rows(), self._cells)
+        width, level = campaign.target.model.hidden_size, campaign.gate.level
+        inputs = {"rows": _rows_digest(self._rows), "level": level, "width": width}
+        self._inputs_of_gate = inputs
+        report = out / "report" / "report.html"
+        is_done = report.exists() and self._records.is_done(Stage.FIT, inputs)
+        if not is_done:
+            self._forget_after(Stage.FIT)
+        self._fit = fit_proxies(self._rows, width, level=level)
+        verdict = self._fit.verdict
+        if not is_done:
+            self._report()
+            prediction = self._fit.prediction
+            self._records.write(
+                Stage.FIT,
+                inputs,
+                {
+                    "verdict": verdict.outcome,
+                    "because": verdict.because,
+                    "log2_lr": prediction.value,
+                },
+            )
+        for one in self._fit.minima:
+            value = one.log2_lr.value
+            best = f"2^{value:.2f}" if value is not None else f"unknown ({one.log2_lr.reason})"
+            self._echo(f"fit: width {one.size:g}: best learning rate {best}")
+        self._echo(f"fit: {verdict.outcome}: {verdict.because}")
+        self._echo(f"report: {report}")
+        return 0
+
+    def _report(self) -> None:
+        # Draws figures, whose library takes a second to import.
+        from megatron_mup.transfer.report.build import make_report
+
+        make_report(
+            self._rows,
+            self._request.out / "report",
+            title=f"Learning-rate transfer: {self._campaign.name}",
+            level=self._campaign.gate.level,
+            source=str(self._folder.table),
+        )
+
+    def gate(self) -> int:
+        """Whether the prediction may be used."""
+        fit, rules = self._known_fit(), self._campaign.gate
+        for line in warnings(self._largest, self._campaign.target):
+            self._echo(f"warning: {line}")
+        stops = stops_after_fit(fit, rules)
+        if stops:
+            self._forget_after(Stage.FIT)
+            code = self._stopped(stops, "no target was written")
+            self._echo(
+                "change the campaign's YAML and run the same command: only new runs are trained"
+            )
+            return code
+        inputs = {**self._inputs_of_gate, "rules": asdict(rules)}
+        self._records.write(Stage.GATE, inputs, {"passed": True})
+        self._echo("gate: passed")
+        return 0
+
+    def _stopped(self, stops: Sequence[Stop], consequence: str) -> int:
+        self._echo(f"the gate stops the campaign, and {consequence}:")
+        for stop in stops:
+            self._echo(f"  - {stop.why}")
+            self._echo(f"    next: {stop.next_step}")
+        return STOPPED
+
+    def target(self) -> int:
+        """Configuration and prediction of the target, and how to start it."""
+        campaign, fit = self._campaign, self._known_fit()
+        files = self._files
+        open_points = warnings(self._largest, campaign.target)
+        table = self._folder.table
+        record = prediction_record(campaign, fit, table=table, warnings=open_points)
+        inputs = {"record": record, "target": config_to_dict(campaign.target)}
+        written = files.config.exists() and files.prediction.exists()
+        if not (written and self._records.is_done(Stage.TARGET, inputs)):
+            write_target(files, campaign, proxy=self._largest, record=record)
+            self._records.write(Stage.TARGET, inputs, {"config": str(files.config)})
+        self._echo(
+            f"target: optimizer.lr {record['lr']:.6g} (2^{record['log2_lr']:.3f}, "
+            f"{interval_words(record['interval'])}) in {files.config}"
+        )
+        self._echo("start it with:")
+        self._echo(f"  {launch_line(files, campaign)}")
+        return 0
+
+    def _forget_after(self, stage: Stage) -> None:
+        """Drop what later stages have found: a target of theirs would look as if it still held."""
+        order = list(Stage)
+        for later in order[order.index(stage) + 1 :]:
+            self._records.drop(later)
+        if self._files.remove():
+            self._echo(
+                f"the target in {self._files.config.parent} held for what was before; removed"
+            )
+
+    @property
+    def _files(self) -> TargetFiles:
+        return TargetFiles.below(self._request.out)
+
+    def _known_fit(self) -> Fit:
+        assert self._fit is not None
+        return self._fit
+
+
+def _rows_digest(rows: Sequence[Row]) -> str:
+    """Of what the fits read."""
+    values = sorted(
+        [row.cell, row.size, row.log2_lr, row.seed, row.status.value, repr(row.validation_loss)]
+        for row in rows
+    )
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()

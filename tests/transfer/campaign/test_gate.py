@@ -1,0 +1,180 @@
+"""The gate, at minima that are written out: each reason to stop, alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+from megatron_mup.config_io import config_from_dict
+from megatron_mup.transfer.campaign.fit import Fit
+from megatron_mup.transfer.campaign.gate import (
+    Stop,
+    stops_after_fit,
+    stops_before_runs,
+    width_of,
+)
+from megatron_mup.transfer.campaign.spec import GateRules
+from megatron_mup.transfer.fits import Estimate, Minimum, Verdict
+from tests.transfer.campaign.campaigns import campaign_of, target_data
+
+RULES = GateRules()
+
+
+def minimum(size: float, edge: Literal["low", "high"] | None = None) -> Minimum:
+    known = Estimate(value=-6.0, low=-6.1, high=-5.9)
+    return Minimum(
+        size=size,
+        log2_lr=known if edge is None else Estimate(value=None, reason="at an edge"),
+        loss=Estimate(value=3.0),
+        curvature=Estimate(value=0.1),
+        edge=edge,
+        window=(-8.0, -4.0),
+        points=5,
+        runs=15,
+        diverged=0,
+        noise=0.01,
+        misfit=None,
+        lowest=(-6.0 if edge is None else -4.0, 3.0),
+    )
+
+
+def fit_of(
+    minima: Sequence[Minimum] | None = None,
+    outcome: Literal["transfers", "does not transfer", "cannot tell"] = "transfers",
+    **prediction: Any,
+) -> Fit:
+    found = {"value": -6.2, "low": -6.5, "high": -5.9} | prediction
+    steps = ("more seeds around 2^-6 at width 64",) if outcome == "cannot tell" else ()
+    return Fit(
+        minima=tuple(minima or [minimum(32), minimum(64), minimum(128)]),
+        verdict=Verdict(outcome=outcome, because="it moves by 0.30.", next_steps=steps),
+        prediction=Estimate(**found),
+        runs=45,
+    )
+
+
+def test_a_good_fit_passes() -> None:
+    assert stops_after_fit(fit_of(), RULES) == []
+
+
+def test_a_minimum_at_an_edge_stops_and_names_the_side() -> None:
+    minima = [minimum(32), minimum(64), minimum(128), minimum(256, "high")]
+    assert stops_after_fit(fit_of(minima), RULES) == [
+        Stop(
+            why="width 256: the lowest loss lies at the high end of the learning rates, at 2^-4, "
+            "so that the optimum may lie outside",
+            next_step="add learning rates above it to learning_rate of the sweep",
+        )
+    ]
+    low = stops_after_fit(fit_of([*minima[:3], minimum(256, "low")]), RULES)
+    assert "add learning rates below it" in low[0].next_step
+
+
+def test_widths_at_an_edge_are_told_together_and_what_follows_from_it_is_not() -> None:
+    minima = [minimum(32, "high"), minimum(64, "high"), minimum(128)]
+    stops = stops_after_fit(fit_of(minima, "cannot tell", value=None, reason="no"), RULES)
+    assert [stop.why for stop in stops] == [
+        "widths 32, 64: the lowest loss lies at the high end of the learning rates, at 2^-4, so "
+        "that the optimum may lie outside"
+    ]
+    few = stops_after_fit(fit_of(minima[:2]), RULES)
+    assert few[1].why.startswith("2 widths, 3 needed")
+
+
+def test_too_few_known_optima_stop() -> None:
+    stops = stops_after_fit(fit_of([minimum(32), minimum(64)]), RULES)
+    assert [stop.why for stop in stops] == [
+        "2 widths with a known optimum, 3 needed: a line through fewer points than three cannot be "
+        "contradicted"
+    ]
+    assert stops[0].next_step == "add widths to scale.values, such as 128"
+    assert stops_after_fit(fit_of([minimum(32), minimum(64)]), replace(RULES, fewest_sizes=2)) == []
+
+
+def test_a_wide_interval_stops() -> None:
+    assert stops_after_fit(fit_of(low=-6.5, high=-5.5), RULES) == []
+    (stop,) = stops_after_fit(fit_of(low=-6.75, high=-5.5), RULES)
+    assert stop.why == (
+        "the interval of the predicted learning rate, 2^-6.75 to 2^-5.50, is 1.25 octaves wide; "
+        "the gate allows 1"
+    )
+    assert stops_after_fit(fit_of(low=-6.75, high=-5.5), replace(RULES, widest_interval=1.5)) == []
+
+
+@pytest.mark.parametrize(
+    ("sizes", "step"),
+    [
+        ([32, 64, 128], "a further width, such as 256 or one between: a line through 3 points"),
+        ([32, 64, 96, 128], "more seeds around the minima, or a further, larger width"),
+    ],
+)
+def test_few_widths_want_another_one_rather_than_seeds(sizes: list[int], step: str) -> None:
+    minima = [minimum(size) for size in sizes]
+    (stop,) = stops_after_fit(fit_of(minima, low=-6.75, high=-5.5), RULES)
+    assert stop.next_step.startswith(step)
+
+
+def test_a_missing_bound_or_value_stops_with_its_reason() -> None:
+    (stop,) = stops_after_fit(fit_of(low=None, high=None, reason="no repeats"), RULES)
+    assert stop.why == "the predicted learning rate 2^-6.20 has no interval: no repeats"
+    (stop,) = stops_after_fit(fit_of(low=None), RULES)
+    assert stop.why == "the predicted learning rate 2^-6.20 has no interval"
+    (stop,) = stops_after_fit(fit_of(value=None, reason="1 size, 2 needed"), RULES)
+    assert stop.why.endswith("cannot be predicted: 1 size, 2 needed")
+
+
+def test_a_learning_rate_that_does_not_transfer_stops_whatever_the_rules_say() -> None:
+    rules = replace(RULES, accept_cannot_tell=True)
+    assert stops_after_fit(fit_of(outcome="does not transfer"), rules) == [
+        Stop(
+            why="verdict: does not transfer: it moves by 0.30.",
+            next_step="tune the learning rate at the target's own size, or mend the "
+            "parameterization",
+        )
+    ]
+
+
+def test_a_verdict_that_nobody_can_tell_stops_unless_it_is_accepted() -> None:
+    (stop,) = stops_after_fit(fit_of(outcome="cannot tell"), RULES)
+    assert stop == Stop(
+        why="verdict: cannot tell: it moves by 0.30.",
+        next_step="more seeds around 2^-6 at width 64; or set gate.accept_cannot_tell: true and "
+        "mind the interval",
+    )
+    rules = replace(RULES, accept_cannot_tell=True)
+    assert stops_after_fit(fit_of(outcome="cannot tell"), rules) == []
+
+
+@pytest.mark.parametrize(("target", "stopped"), [(4096, False), (8192, False), (8224, True)])
+def test_a_largest_proxy_far_below_the_target_stops_before_runs(
+    tmp_path: Path, target: int, stopped: bool
+) -> None:
+    proxy = campaign_of(tmp_path).proxies(tmp_path)[-1].run
+    data = target_data(model__hidden_size=target, model__num_attention_heads=target // 16)
+    run = config_from_dict({"optimizer": {"lr": 1.0}} | data)
+    stops = stops_before_runs(proxy, run, widths=[32, 64, 128], rules=RULES)
+    # 64 times 128 is 8192.
+    assert [stop.next_step for stop in stops] == (
+        ["add a width of at least 128.5 to scale.values"] if stopped else []
+    )
+
+
+def test_two_widths_and_another_rule_stop_before_runs(tmp_path: Path) -> None:
+    proxy = campaign_of(tmp_path).proxies(tmp_path)[-1].run
+    data = target_data(parameterization__name="sp", schedule__min_lr_ratio=0.1)
+    run = config_from_dict({"optimizer": {"lr": 1.0}} | data)
+    few, other = stops_before_runs(proxy, run, widths=[32, 64], rules=RULES)
+    assert few.why.startswith("2 widths, 3 needed")
+    assert other.why == (
+        "the target differs from the proxies in more than sizes, layout, precision and length: "
+        "parameterization.name mup -> sp; schedule.min_lr_ratio 0.0 -> 0.1"
+    )
+
+
+def test_an_interval_has_a_width_only_with_both_ends() -> None:
+    assert width_of(Estimate(value=1.0, low=0.5, high=2.0)) == 1.5
+    assert width_of(Estimate(value=1.0, low=0.5)) is None
