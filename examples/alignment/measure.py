@@ -40,7 +40,11 @@ def arguments():
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--every", type=int, default=10, help="steps between measurements")
-    parser.add_argument("overrides", nargs="*", help="options of the configuration, key=value")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        help="options of the configuration, key=value; before the other arguments",
+    )
     return parser.parse_args()
 
 

@@ -69,7 +69,7 @@ WidthOption = Annotated[
 WorkersOption = Annotated[int, typer.Option(help="Side by side, against one at a time.")]
 CellsOption = Annotated[int, typer.Option(help="Runs of each sweep.")]
 StepsOption = Annotated[int, typer.Option(help="Of each run.")]
-RoundsOption = Annotated[int, typer.Option(help="Pairs of sweeps.")]
+RoundsOption = Annotated[int, typer.Option(help="Of three sweeps each.")]
 OutputOption = Annotated[Path, typer.Option(help="Page whose section on sweeps is replaced.")]
 
 
@@ -108,18 +108,24 @@ def measure_and_report(
 
 
 def _measured(settings: Settings, width: int, folder: Path) -> Measured:
-    """Pairs of sweeps, whose order turns round from pair to pair; short runs at the end."""
+    """Rounds of sweeps, whose order turns from round to round; short runs at the end."""
     cores = cores_of_machine()
-    alone = Share(workers=1, threads=cores)
-    together = Share(workers=settings.workers, threads=max(1, cores // settings.workers))
-    seconds: dict[int, list[float]] = {1: [], settings.workers: []}
+    threads = max(1, cores // settings.workers)
+    alone = Share(workers=1, threads=threads)
+    shares = [
+        alone,
+        Share(workers=1, threads=cores),
+        Share(workers=settings.workers, threads=threads),
+    ]
+    seconds: dict[Share, list[float]] = {share: [] for share in shares}
     for number in range(settings.rounds):
-        for share in (alone, together) if number % 2 == 0 else (together, alone):
+        turn = number % len(shares)
+        for share in shares[turn:] + shares[:turn]:
             taken = _seconds_a_cell(folder, width, settings, share=share, steps=settings.steps)
-            seconds[share.workers].append(taken)
+            seconds[share].append(taken)
             typer.echo(
                 f"width {width}, round {number + 1} of {settings.rounds}, {share.workers} at a "
-                f"time: {taken:.2f} s a run"
+                f"time with {share.threads} threads: {taken:.2f} s a run"
             )
     overhead = _seconds_a_cell(folder, width, settings, share=alone, steps=1)
     typer.echo(f"width {width}: {overhead:.2f} s a run of one step")
@@ -128,8 +134,9 @@ def _measured(settings: Settings, width: int, folder: Path) -> Measured:
         workers=settings.workers,
         cells=settings.cells,
         steps=settings.steps,
-        alone=tuple(seconds[1]),
-        together=tuple(seconds[settings.workers]),
+        alone=tuple(seconds[shares[0]]),
+        all_cores=tuple(seconds[shares[1]]),
+        together=tuple(seconds[shares[2]]),
         overhead=overhead,
     )
 

@@ -25,7 +25,8 @@ class Measured:
         workers: side by side.
         cells: runs of a sweep.
         steps: of each run.
-        alone: seconds a run with one at a time, one for each round.
+        alone: seconds a run with one at a time and the threads of a worker, one for each round.
+        all_cores: seconds a run with one at a time and all cores as threads.
         together: seconds a run with workers side by side, one for each round.
         overhead: seconds a run of one step.
     """
@@ -35,6 +36,7 @@ class Measured:
     cells: int
     steps: int
     alone: tuple[float, ...]
+    all_cores: tuple[float, ...]
     together: tuple[float, ...]
     overhead: float
 
@@ -73,9 +75,10 @@ def missed(measured: Sequence[Measured]) -> list[str]:
 def table(measured: Sequence[Measured]) -> str:
     """One row a width, Markdown."""
     rows = [
-        "| width | workers | runs of | rounds | s a run, one at a time | s a run, side by side "
-        "| throughput | least to most | at least | met | s a run of one step | below | met |",
-        "|" + " ---: |" * 13,
+        "| width | workers | runs of | rounds | s a run, one at a time | the same, all cores "
+        "| s a run, side by side | throughput | least to most | at least | met "
+        "| s a run of one step | below | met |",
+        "|" + " ---: |" * 14,
     ]
     for one in measured:
         gains = one.gains
@@ -85,6 +88,7 @@ def table(measured: Sequence[Measured]) -> str:
             f"{one.steps} steps",
             str(len(gains)),
             f"{statistics.median(one.alone):.2f}",
+            f"{statistics.median(one.all_cores):.2f}",
             f"{statistics.median(one.together):.2f}",
             f"{one.gain:.2f}",
             f"{min(gains):.2f} to {max(gains):.2f}",
@@ -127,12 +131,12 @@ _METHOD = """\
 `megatron-mup sweep run` on installed Python text: 2 layers, 16 dimensions a head, 1,024 tokens,
 sequences of 128, 16 a batch, one learning rate a run, an evaluation of one batch.
 
-- **one at a time**: one worker with all cores as threads; **side by side**: the cores divided
-  between the workers. Both run the same sweep anew in each round, and which comes first turns
-  round from round to round.
+- **side by side**: the cores divided between the workers; **one at a time**: one such worker, which
+  computes the same losses; **all cores**: one worker with all cores as threads. All three run the
+  same sweep anew in each round, and which comes first turns from round to round.
 - **s a run**: wall clock from the end of the first run (side by side: of the first run of each
   worker) to the end of the last, for each run in between. The start of the workers does not count.
-- **throughput**: the quotient of both in one round; the median of the rounds is judged.
+- **throughput**: side by side over one at a time in one round; the median of the rounds is judged.
 - **a run of one step**: the same with one worker and runs of one step: building the model and the
   data, one step, an evaluation of one batch and the row; all that a run costs beside its steps.
 """

@@ -51,7 +51,7 @@ def test_a_sweep_has_the_runs_that_were_asked_for(tmp_path: Path) -> None:
     assert {cell.run.model.hidden_size for cell in cells} == {64}
 
 
-def test_pairs_turn_round_and_the_first_runs_do_not_count(
+def test_sweeps_take_turns_and_the_first_runs_do_not_count(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 0.0
@@ -65,16 +65,17 @@ def test_pairs_turn_round_and_the_first_runs_do_not_count(
         share = request.share
         told.append((share.workers, share.threads))
         echo("4 of up to 4 runs are on record")
-        # The workers start in 100 s; then four runs end, 3 s apart or 2 s.
+        # The workers start in 100 s; then four runs end, 4, 3 or 2 s apart.
         now += 100
         for _ in range(4):
             echo("[1 done")
-            now += 3 if share.workers == 1 else 2
+            now += {(1, 1): 4, (1, 2): 3, (2, 1): 2}[share.workers, share.threads]
         return 0
 
     monkeypatch.setattr(sweep, "run_sweep", run)
     measured = sweep._measured(settings(), 64, tmp_path)
-    assert told == [(1, 2), (2, 1), (2, 1), (1, 2), (1, 2)]
-    assert measured.alone == (3.0, 3.0)
+    assert told == [(1, 1), (1, 2), (2, 1), (1, 2), (2, 1), (1, 1), (1, 1)]
+    assert measured.alone == (4.0, 4.0)
+    assert measured.all_cores == (3.0, 3.0)
     assert measured.together == (2.0, 2.0)
-    assert measured.overhead == 3.0
+    assert measured.overhead == 4.0
