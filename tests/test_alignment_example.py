@@ -50,11 +50,12 @@ def test_runs_become_a_table_a_picture_and_exponents(
 ) -> None:
     commands: list[list[str]] = []
 
-    def trained(command: list[str], *, check: bool) -> None:
+    def trained(command: list[str], *, check: bool) -> subprocess.CompletedProcess[str]:
         commands.append(command)
         (width,) = (int(word.split("=")[1]) for word in command if word.startswith("hidden_size="))
         (path,) = (word.split("=")[1] for word in command if "diagnostics_path=" in word)
         Path(path).write_text(dynamics(width), encoding="utf-8")
+        return subprocess.CompletedProcess(command, 3 if width == 48 else 0)
 
     monkeypatch.setattr(subprocess, "run", trained)
     words = [
@@ -87,3 +88,21 @@ def test_runs_become_a_table_a_picture_and_exponents(
     # What is there is not run again.
     script.main()
     assert len(commands) == 8
+    # Of other options it would be a mixture, and a failed run has no rows.
+    monkeypatch.setattr("sys.argv", ["measure.py", "lr=0.02", *words[2:]])
+    with pytest.raises(SystemExit, match="holds runs of another configuration"):
+        script.main()
+    other = str(tmp_path / "b")
+    monkeypatch.setattr("sys.argv", ["measure.py", "--out", other, "--widths", "48", "64"])
+    with pytest.raises(SystemExit, match=r"coupled_48_1 ended with exit code 3"):
+        script.main()
+    assert not (tmp_path / "b" / "dynamics.csv").exists()
+
+
+@pytest.mark.parametrize("widths", [["64"], ["64", "72"]])
+def test_widths_without_an_exponent_are_refused(
+    script: ModuleType, widths: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["measure.py", "--widths", *widths])
+    with pytest.raises(SystemExit):
+        script.main()

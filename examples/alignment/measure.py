@@ -7,6 +7,7 @@ is not run again.
 
 import argparse
 import csv
+import json
 import math
 import os
 import subprocess
@@ -40,12 +41,22 @@ def arguments():
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--every", type=int, default=10, help="steps between measurements")
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        help="options of the configuration, key=value; before the other arguments",
-    )
-    return parser.parse_args()
+    parser.add_argument("overrides", nargs="*", help="key=value, before the other arguments")
+    given = parser.parse_args()
+    if len(set(given.widths)) < 2 or any(width <= 0 or width % HEAD_DIM for width in given.widths):
+        parser.error(f"--widths is {given.widths}; give two or more multiples of {HEAD_DIM}")
+    return given
+
+
+def check_folder(given):
+    """Refuse a folder that holds runs of other options."""
+    text = given.config.read_text(encoding="utf-8")
+    settings = json.dumps([text, given.overrides, given.every])
+    record = given.out / "settings.json"
+    given.out.mkdir(parents=True, exist_ok=True)
+    if record.exists() and record.read_text(encoding="utf-8") != settings:
+        sys.exit(f"{given.out} holds runs of another configuration; give another --out")
+    record.write_text(settings, encoding="utf-8")
 
 
 def train(given, mode, width, seed):
@@ -65,7 +76,9 @@ def train(given, mode, width, seed):
         ]
         command = [sys.executable, "-m", "megatron_mup", "train", "--config", str(given.config)]
         command += ["--diagnostics-interval", str(given.every), *options]
-        subprocess.run(command, check=True)
+        done = subprocess.run(command, check=False)
+        if done.returncode:
+            sys.exit(f"the run {rows.stem} ended with exit code {done.returncode}; see above")
         running.rename(rows)
     return rows
 
@@ -82,6 +95,7 @@ def means(path):
     return {
         iteration: [sum(by[quantity]) / len(by[quantity]) for quantity in QUANTITIES]
         for iteration, by in found.items()
+        if all(by[quantity] for quantity in QUANTITIES)
     }
 
 
@@ -136,7 +150,7 @@ def slope(table, mode, column, iteration):
 def main():
     """Train what is missing, write the table and the picture, print exponents."""
     given = arguments()
-    given.out.mkdir(parents=True, exist_ok=True)
+    check_folder(given)
     table = []
     for mode in given.modes:
         for width in given.widths:
@@ -144,10 +158,12 @@ def main():
                 for iteration, values in means(train(given, mode, width, seed)).items():
                     row = (mode, width, seed, iteration, *values)
                     table.append(dict(zip(COLUMNS, row, strict=True)))
-    with (given.out / "dynamics.csv").open("w", newline="") as file:
+    temporary = given.out / "dynamics.csv.tmp"
+    with temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(table)
+    temporary.replace(given.out / "dynamics.csv")
     draw(table, given.widths, given.modes, given.out / "dynamics.png")
     last = max(row["iteration"] for row in table)
     first = min(row["iteration"] for row in table)
