@@ -36,6 +36,7 @@ class Report:
         figures: ``figures/*.svg`` and ``*.png``.
         verdicts: name of each arm -> what its runs say.
         optima: one line for each arm and size.
+        notes: what to say of the rows that it was made of.
     """
 
     markdown: Path
@@ -43,6 +44,7 @@ class Report:
     figures: tuple[Path, ...]
     verdicts: Mapping[str, Verdict]
     optima: Table
+    notes: tuple[str, ...] = ()
 
 
 def make_report(

@@ -1,15 +1,16 @@
-"""``megatron-mup sweep report``: which table to read, where the report goes, what to print."""
+"""``megatron-mup sweep report``: which rows to read, where the report goes, what to print."""
 
 from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from megatron_mup.errors import ConfigError, DataError
+from megatron_mup.errors import ConfigError, DataError, MupError
 
 if TYPE_CHECKING:
     from megatron_mup.transfer.report.build import Report
@@ -61,7 +62,7 @@ def make_folder_report(
     """Report on a sweep's folder or a table.
 
     Args:
-        source: the folder or the table.
+        source: the folder, whose ``sweep.yaml`` says which rows count, or a table.
         out: folder of the report; None: ``report``, beside the table.
         columns: ``NAME=COLUMN`` of another program's CSV.
         level: probability that the intervals hold.
@@ -74,20 +75,37 @@ def make_folder_report(
     if not 0 < level < 1:
         raise ConfigError(f"--level {level} is no probability; give a number between 0 and 1")
     table = table_of(source)
-    rows = rows_of(table, columns)
+    rows, notes = _rows_and_notes(source, table, columns)
     if title is None:
         title = f"Learning-rate transfer: {', '.join(sorted({row.sweep for row in rows}))}"
     folder = out if out is not None else table.parent / "report"
     # Late, because fits and figures take a second to import, and errors above are to come at once.
     from megatron_mup.transfer.report.build import make_report
 
+    command = _command(source, out, columns, level)
+    told = "; ".join([str(table), *notes])
+    report = make_report(rows, folder, title=title, level=level, command=command, source=told)
+    return replace(report, notes=tuple(notes))
+
+
+def _command(source: Path, out: Path | None, columns: Sequence[str], level: float) -> str:
+    """What makes the same report again."""
     words = ["megatron-mup", "sweep", "report", str(source)]
     words += ["--out", str(out)] if out is not None else []
     words += [word for item in columns for word in ("--column", item)]
     words += ["--level", f"{level:g}"] if level != 0.9 else []
-    return make_report(
-        rows, folder, title=title, level=level, command=shlex.join(words), source=str(table)
-    )
+    return shlex.join(words)
+
+
+def _rows_and_notes(
+    source: Path, table: Path, columns: Sequence[str]
+) -> tuple[list[Row], list[str]]:
+    """The rows to report on, and what is to be said of them."""
+    rows = rows_of(table, columns)
+    notes: list[str] = []
+    if source.is_dir() and not columns:
+        rows, notes = rows_of_sweep(source, rows)
+    return rows, [*notes, *mixed_data(rows)]
 
 
 def table_of(source: Path) -> Path:
@@ -133,12 +151,69 @@ def rows_of(table: Path, columns: Sequence[str]) -> list[Row]:
     return read_foreign(table, mapping)
 
 
+def rows_of_sweep(source: Path, rows: Sequence[Row]) -> tuple[list[Row], list[str]]:
+    """Rows of the runs that a folder's ``sweep.yaml`` asks for.
+
+    Args:
+        source: the folder; without a ``sweep.yaml`` that can be read all rows are used.
+        rows: of its table.
+
+    Returns:
+        The rows, and in words how many are left out and why.
+
+    Raises:
+        DataError: no row is of such a run.
+    """
+    from megatron_mup.transfer.sweep.cells import make_cells
+    from megatron_mup.transfer.sweep.folder import SweepFolder
+    from megatron_mup.transfer.sweep.own_rows import on_last_data, own_rows
+
+    folder = SweepFolder(source)
+    if not (source / "sweep.yaml").exists():
+        return list(rows), []
+    try:
+        cells = make_cells(folder.read_sweep(), folder.data)
+    except MupError as error:
+        reason = " ".join(str(error).split())
+        return list(rows), [f"all {len(rows)} rows are used: sweep.yaml cannot be read ({reason})"]
+    own = own_rows(rows, cells)
+    if rows and not own:
+        raise DataError(
+            f"none of the {len(rows)} rows of '{folder.table}' is of a run that '{source}/"
+            "sweep.yaml' asks for; run the sweep, or give the table itself to report on all rows"
+        )
+    last = on_last_data(own)
+    left_out = {
+        "of no run that sweep.yaml asks for": len(rows) - len(own),
+        "on other shards than the run that started last (column data_sha256)": len(own) - len(last),
+    }
+    said = [f"{count} of {len(rows)} rows are left out: {why}" for why, count in left_out.items()]
+    return last, [words for words in said if not words.startswith("0 ")]
+
+
+def mixed_data(rows: Sequence[Row]) -> list[str]:
+    """What to say of each arm whose runs are on different shards.
+
+    Args:
+        rows: that are reported on.
+    """
+    shards: dict[str, set[str]] = {}
+    for row in rows:
+        shards.setdefault(row.arm, set()).add(row.data_sha256)
+    return [
+        f"{arm}: its runs are on {len(found)} different sets of shards (column data_sha256), so "
+        "that their losses do not compare"
+        for arm, found in shards.items()
+        if len(found) > 1
+    ]
+
+
 def summary(report: Report) -> list[str]:
-    """What the command prints: the optima, each verdict, and where the report is."""
+    """What the command prints: notes, the optima, each verdict, and where the report is."""
     from megatron_mup.transfer.report.markdown import table_text
     from megatron_mup.transfer.report.wording import sentence
 
-    lines = [*table_text(report.optima).splitlines(), ""]
+    lines = [*report.notes, *table_text(report.optima).splitlines(), ""]
     lines += [
         f"{name}: {verdict.outcome}. {sentence(verdict.because)}"
         for name, verdict in report.verdicts.items()

@@ -13,12 +13,19 @@ import fcntl
 import logging
 import os
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from megatron_mup.errors import ConfigError
 
 LOCK = ".lock"
+
+_PATIENCE_SECONDS = 2.0
+"""A lock that is refused may be another's question who has it, which is over at once."""
+
+_POLL_SECONDS = 0.05
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
@@ -42,7 +49,7 @@ def held(folder: Path, name: str, *, by: str, together: bool = False) -> Iterato
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+", encoding="utf-8") as lock:
         try:
-            fcntl.flock(lock, (fcntl.LOCK_SH if together else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            _take(lock, fcntl.LOCK_SH if together else fcntl.LOCK_EX)
         except BlockingIOError:
             lock.seek(0)
             raise ConfigError(
@@ -59,6 +66,19 @@ def held(folder: Path, name: str, *, by: str, together: bool = False) -> Iterato
         lock.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
         lock.flush()
         yield
+
+
+def _take(lock: IO[str], kind: int) -> None:
+    """Lock a file; raises BlockingIOError if another holds it for longer than a question takes."""
+    deadline = time.monotonic() + _PATIENCE_SECONDS
+    while True:
+        try:
+            fcntl.flock(lock, kind | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                raise
+        time.sleep(_POLL_SECONDS)
 
 
 def owner_of(path: Path) -> str | None:

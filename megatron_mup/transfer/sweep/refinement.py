@@ -97,8 +97,12 @@ class Refinement:
 
     def wanted(self, rows: Mapping[str, Row]) -> list[Cell]:
         """See ``Strategy``."""
+        return [*self._grid.wanted(rows), *self.added(rows)]
+
+    def added(self, rows: Mapping[str, Row]) -> list[Cell]:
+        """Those of ``wanted`` that the rounds so far have added, whether they ran or not."""
         added = [cell for _, cells in self._replayed(rows) for cell in cells]
-        return [*self._grid.wanted(rows), *sorted(added, key=lambda cell: -cell.flops)]
+        return sorted(added, key=lambda cell: -cell.flops)
 
     def undecided(self, rows: Mapping[str, Row]) -> list[Cell]:
         """See ``Strategy``; what further rounds will add cannot be told."""
@@ -171,7 +175,8 @@ class _Rounds:
         for cell in known:
             self._runs.setdefault(cell.curve, set()).add((cell.log2_lr, cell.seed))
         self._coarse = {curve: {rate for rate, _ in runs} for curve, runs in self._runs.items()}
-        self.open = sorted(self._runs, key=lambda curve: curve[1])
+        # Where runs are limited, the largest sizes matter most to what is predicted beyond them.
+        self.open = sorted(self._runs, key=lambda curve: -curve[1])
         self.left = math.inf
         self.added: list[Cell] = []
         self.decisions: list[Decision] = []
@@ -198,15 +203,18 @@ class _Rounds:
         return list(choice.runs)
 
     def _limited(self, choice: Choice, number: int) -> Choice:
-        """The choice, unless a limit of the sweep says no."""
+        """The choice, as far as the limits of the sweep allow it."""
         if choice.action == "stop":
             return choice
-        limit = ""
         if number > self._refine.max_rounds:
             limit = f"refine.max_rounds {self._refine.max_rounds} is used up"
-        elif len(choice.runs) > self.left:
-            limit = f"refine.max_cells {self._refine.max_cells} leaves {self.left:g} runs here"
-        return Choice(action="stop", reason=f"{limit}; {choice.reason}") if limit else choice
+            return Choice(action="stop", reason=f"{limit}; {choice.reason}")
+        if len(choice.runs) <= self.left:
+            return choice
+        limit = f"refine.max_cells {self._refine.max_cells} leaves {self.left:g} runs here"
+        runs = choice.runs[: int(self.left)]
+        action = choice.action if runs else "stop"
+        return Choice(action=action, runs=runs, reason=f"{limit}; {choice.reason}")
 
 
 def _group(cell: Cell) -> _Group:
@@ -284,6 +292,11 @@ def strategy_of(sweep: Sweep, cells: Sequence[Cell]) -> SeedsNearMinimum | Refin
 def decisions_of(strategy: Strategy, rows: Mapping[str, Row]) -> list[Decision]:
     """Decisions of a strategy that refines; of another one none."""
     return strategy.decisions(rows) if isinstance(strategy, Refinement) else []
+
+
+def added_cells(strategy: Strategy, rows: Mapping[str, Row]) -> list[Cell]:
+    """Cells that a strategy has added to those of its grid; of one that does not refine none."""
+    return strategy.added(rows) if isinstance(strategy, Refinement) else []
 
 
 class DecisionLog:

@@ -2,8 +2,11 @@
 
     the lowest loss lies at an end of the rates   two more rates beyond it, with the first seed
     it lies beside runs that did not end well     the rate half way to them, once
-    its interval is too wide                      the rates half way to its neighbours, and once
-                                                  those are there, further seeds around it
+    its interval is too wide, or narrow           the rates half way to its neighbours, and once
+    by fewer than three seeds                     those are there, further seeds around it
+Three seeds, because a rule that stops at the first narrow interval stops where few degrees of
+freedom happen to make the noise look small, and that interval holds too seldom
+(docs/transfer_statistics.md, Measured coverage).
 Pure: numbers in, a choice and its reason out. Must not import numpy, scipy or torch.
 """
 
@@ -25,6 +28,9 @@ STEPS_BEYOND = 2
 
 SEEDS_A_ROUND = 2
 """Seeds that are added at a time at most: the next fit may ask for fewer."""
+
+FEWEST_SEEDS = 3
+"""Seeds around the lowest loss below which an interval is not taken for narrow (ours)."""
 
 MOST_SEEDS = 12
 """Seeds at one rate beyond which more of them are not worth their cost (assumption)."""
@@ -95,16 +101,19 @@ def choose(tried: Tried, refine: Refine) -> Choice:
     if minimum.edge is not None:
         return _at_edge(tried, refine)
     words, width = interval_words(minimum.log2_lr), interval_width(minimum.log2_lr)
-    if width <= refine.interval_octaves:
-        return Choice(action="stop", reason=f"narrow enough: {words}")
     best = minimum.lowest[0]
+    # An interval of a curve that misses its points says nothing, however narrow it is.
+    trusted = minimum.misfit is None or minimum.narrowed
+    enough = _fewest_seeds(tried, _near(tried, best)) >= FEWEST_SEEDS
+    if width <= refine.interval_octaves and trusted and enough:
+        return Choice(action="stop", reason=f"narrow enough: {words}")
     halves = [
         rate for rate in _half_steps(tried) if best in (_below(tried, rate), _above(tried, rate))
     ]
     if halves:
         runs = tuple((rate, seed) for rate in halves for seed in tried.seeds_at(best))
         return Choice(action="halve", runs=runs, reason=f"half steps beside 2^{best:g}: {words}")
-    if minimum.misfit is not None and not minimum.narrowed:
+    if not trusted:
         return Choice(
             action="stop",
             reason=f"more runs will not help: {minimum.misfit}; {words}",
@@ -208,18 +217,27 @@ def _above(tried: Tried, rate: float) -> float:
     return min((other for other in tried.rates if other > rate), default=math.inf)
 
 
-def _more_seeds(tried: Tried, refine: Refine, *, best: float) -> Choice:
-    """Further seeds at all rates from one coarse step below the lowest loss to one above it."""
-    estimate = tried.minimum.log2_lr
-    words, width = interval_words(estimate), interval_width(estimate)
+def _near(tried: Tried, best: float) -> list[float]:
+    """Rates from one coarse step below the lowest loss to one above it, increasing."""
     left = max((rate for rate in tried.coarse if rate < best), default=best)
     right = min((rate for rate in tried.coarse if rate > best), default=best)
-    near = [rate for rate in tried.rates if left <= rate <= right]
-    have = min(len(tried.seeds_at(rate)) for rate in near)
+    return [rate for rate in tried.rates if left <= rate <= right]
+
+
+def _fewest_seeds(tried: Tried, rates: Iterable[float]) -> int:
+    return min(len(tried.seeds_at(rate)) for rate in rates)
+
+
+def _more_seeds(tried: Tried, refine: Refine, *, best: float) -> Choice:
+    """Further seeds near the lowest loss."""
+    estimate = tried.minimum.log2_lr
+    words, width = interval_words(estimate), interval_width(estimate)
+    near = _near(tried, best)
+    have = _fewest_seeds(tried, near)
     missing = SEEDS_A_ROUND
     if math.isfinite(width):
         # An interval narrows with the square root of the runs.
-        needed = math.ceil(have * (width / refine.interval_octaves) ** 2)
+        needed = max(math.ceil(have * (width / refine.interval_octaves) ** 2), FEWEST_SEEDS)
         if needed > MOST_SEEDS and (estimate.df or 0.0) >= _ENOUGH_DF:
             return Choice(
                 action="stop",
@@ -231,7 +249,8 @@ def _more_seeds(tried: Tried, refine: Refine, *, best: float) -> Choice:
             action="stop", reason=f"more runs will not help: {have} seeds were run; {words}"
         )
     seeds = _first_seeds(tried.seeds, have + missing)
-    runs = tuple((rate, seed) for rate in near for seed in seeds if (rate, seed) not in tried.runs)
+    # Seed by seed: a limit may leave only the first of them, and whole seeds tell more.
+    runs = tuple((rate, seed) for seed in seeds for rate in near if (rate, seed) not in tried.runs)
     return Choice(
         action="seeds", runs=runs, reason=f"{len(seeds)} seeds around 2^{best:g}: {words}"
     )

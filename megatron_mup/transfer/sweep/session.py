@@ -15,9 +15,9 @@ from megatron_mup.transfer.runs import Row, Status, write_parquet
 from megatron_mup.transfer.sweep.base import left_out_of_base
 from megatron_mup.transfer.sweep.cells import Cell, make_cells
 from megatron_mup.transfer.sweep.folder import SweepFolder
-from megatron_mup.transfer.sweep.order import SeedsNearMinimum, Strategy, middle_first
+from megatron_mup.transfer.sweep.order import SeedsNearMinimum, Strategy, ended, middle_first
 from megatron_mup.transfer.sweep.pool import Share
-from megatron_mup.transfer.sweep.refinement import DecisionLog, strategy_of
+from megatron_mup.transfer.sweep.refinement import DecisionLog, added_cells, strategy_of
 from megatron_mup.transfer.sweep.results import origin_of
 from megatron_mup.transfer.sweep.runner import Ending, Limits, run_cells
 from megatron_mup.transfer.sweep.shards import make_shards
@@ -188,21 +188,23 @@ def merge_sweep(folder: SweepFolder, *, only: Sequence[str], echo: Print) -> int
         echo: receives lines.
 
     Returns:
-        The process's exit code: 0 if all these runs of the grid are there, otherwise 1.
+        The process's exit code: 0 if all these runs of the grid are there, otherwise 1; what
+        refinement asks for besides is said and changes nothing of it.
 
     Raises:
         MupError: this is no sweep's folder, or a command that is no task holds it.
     """
     sweep = folder.read_sweep()
-    cells = make_cells(sweep, folder.data)
-    if only:
-        chosen = selected_ids(cells, only)
-        cells = [cell for cell in cells if cell.id in chosen]
+    everything = make_cells(sweep, folder.data)
+    chosen = selected_ids(everything, only) if only else None
+    cells = [cell for cell in everything if chosen is None or cell.id in chosen]
     with folder.shared():
         merge_tables(folder)
         rows = {row.cell: row for row in folder.rows()}
     left = lacking(sweep, cells, rows)
     echo(f"{len(rows)} runs in {folder.table}")
+    for line in _refine_lines(sweep, everything, rows, folder=folder):
+        echo(line)
     if not left:
         return exit_codes.FINISHED
     failed = sum(cell.id in rows for cell in left)
@@ -213,6 +215,21 @@ def merge_sweep(folder: SweepFolder, *, only: Sequence[str], echo: Print) -> int
         echo(f"  and {len(left) - _NAMED} more")
     echo("start the tasks again, or 'megatron-mup sweep run': what is done is not done again")
     return SOME_FAILED
+
+
+def _refine_lines(
+    sweep: Sweep, cells: Sequence[Cell], rows: Mapping[str, Row], *, folder: SweepFolder
+) -> list[str]:
+    """What refinement asks for that no task runs, in words."""
+    added = added_cells(strategy_of(sweep, cells), rows)
+    missing = [cell for cell in added if not ended(rows.get(cell.id))]
+    if not missing:
+        return []
+    curves = len({cell.curve for cell in missing})
+    return [
+        f"refine: {curves} curves want {len(missing)} more runs: run 'megatron-mup sweep run "
+        f"{folder.path}/sweep.yaml --out {folder.path}'"
+    ]
 
 
 def _end(ending: Ending, folder: SweepFolder, echo: Print) -> int:

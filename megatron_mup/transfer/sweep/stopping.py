@@ -35,6 +35,9 @@ SMOOTHED = 0.05
 SCATTERED = 0.2
 """Part of a run from which the scatter of one step is taken (ours): more steps, as it is steady."""
 
+FEWEST_DIFFERENCES = 10
+"""Differences of neighbouring steps below which their scatter is not known (ours)."""
+
 _EVERY = 0.1
 _ROUNDING = 1e-6
 
@@ -76,11 +79,13 @@ def scatter(losses: Sequence[float], step: int, planned: int) -> float:
         planned: steps of the whole run.
 
     Returns:
-        Nats per token; 0 with fewer than two steps.
+        Nats per token; NaN with fewer than ``FEWEST_DIFFERENCES``.
     """
     finite = _window(losses, step, math.ceil(SCATTERED * planned))
     squares = [(right - left) ** 2 for left, right in pairwise(finite)]
-    return math.sqrt(sum(squares) / len(squares) / 2) if squares else 0.0
+    if len(squares) < FEWEST_DIFFERENCES:
+        return math.nan
+    return math.sqrt(sum(squares) / len(squares) / 2)
 
 
 def _window(losses: Sequence[float], step: int, width: int) -> list[float]:
@@ -114,6 +119,7 @@ def surely_worse(
     if best in near:
         return False
     gap = smoothed(own, step, planned) - known[best]
+    # False where the scatter is not known.
     return gap > margin * scatter(rivals[best], step, planned)
 
 

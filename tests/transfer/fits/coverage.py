@@ -1,6 +1,7 @@
 """Measures how often 90% intervals hold the truth: python -m tests.transfer.fits.coverage.
 
-Prints the table of docs/transfer_statistics.md. Takes the replications as its argument.
+Prints the tables of docs/transfer_statistics.md. Takes the replications as its argument, and
+"refined" behind it for the table of sweeps that refine themselves alone.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from tests.transfer.fits.families import (
     skewed,
     softened,
 )
+from tests.transfer.fits.refined import DESIGNS, HEADER, measure_refined
 
 QUANTITIES = ("optimum", "loss", "curvature", "shift", "predicted", "penalty")
 # Only where the fit has power, so seldom in some families.
@@ -126,9 +128,7 @@ def _show(line: str) -> None:
     sys.stdout.flush()
 
 
-def main() -> None:
-    """Print the coverage table as Markdown."""
-    replications = int(sys.argv[1]) if len(sys.argv) > 1 else 1000
+def _show_families(replications: int) -> None:
     _show(f"| family | error of an optimum | {' | '.join(QUANTITIES + LAWS)} |")
     _show("|---|---|" + "---|" * len(QUANTITIES + LAWS))
     for name, family in {**HELD, **SHOWN}.items():
@@ -136,6 +136,18 @@ def main() -> None:
         shown = [f"{100 * counter.coverage(quantity):.0f}%" for quantity in QUANTITIES + LAWS]
         error = f"{np.median(counter.errors):.2f}" if counter.errors else "-"
         _show(f"| {name} | {error} | {' | '.join(shown)} |".replace("nan%", "-"))
+
+
+def main() -> None:
+    """Print the coverage tables as Markdown."""
+    replications = int(sys.argv[1]) if len(sys.argv) > 1 else 1000
+    if sys.argv[2:] != ["refined"]:
+        _show_families(replications)
+        _show("")
+    for line in HEADER:
+        _show(line)
+    for name, design in DESIGNS.items():
+        _show(measure_refined(design, replications).table_row(name))
 
 
 if __name__ == "__main__":

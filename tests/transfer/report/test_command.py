@@ -1,6 +1,7 @@
 """``megatron-mup sweep report``."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,20 @@ import typer
 from typer.testing import CliRunner
 
 from megatron_mup.errors import ConfigError, DataError
-from megatron_mup.transfer.report.command import report_command, rows_of, table_of
-from megatron_mup.transfer.runs import append_row, write_parquet
-from tests.transfer.report.sample_rows import arm_rows
+from megatron_mup.transfer.report.command import (
+    make_folder_report,
+    mixed_data,
+    report_command,
+    rows_of,
+    rows_of_sweep,
+    summary,
+    table_of,
+)
+from megatron_mup.transfer.runs import Row, append_row, write_parquet
+from megatron_mup.transfer.sweep.cells import with_rate_and_seed
+from megatron_mup.transfer.sweep.folder import SweepFolder
+from tests.transfer.report.sample_rows import a_row, arm_rows
+from tests.transfer.sweep.sweeps import cells_of, sweep_of
 
 
 @pytest.fixture(scope="module")
@@ -106,3 +118,103 @@ def test_a_missing_table_and_a_wrong_level_are_refused_at_once(tmp_path):
         table_of(tmp_path)
     with pytest.raises(ConfigError, match=r"--level 1\.5 is no probability"):
         run(str(tmp_path), "--level", "1.5")
+
+
+TEN = {"learning_rate": {"log2": [-8, -7, -6, -5, -4]}, "seeds": [1]}
+TWENTY = {**TEN, "tokens": {"rule": "fixed_tokens", "tokens": 1200}}
+
+
+def rows_of_cells(options, *, level: float = 3.0, **changes) -> list[Row]:
+    """A finished run of each cell."""
+    return [
+        a_row(
+            cell=cell.id,
+            arm=cell.arm,
+            size=cell.size,
+            log2_lr=cell.log2_lr,
+            validation_loss=level + 0.05 * (cell.log2_lr + 6) ** 2,
+            **changes,
+        )
+        for cell in cells_of(**options)
+    ]
+
+
+def folder_of(path: Path, options, rows: list[Row]) -> Path:
+    SweepFolder(path).write_sweep(sweep_of(**options))
+    for row in rows:
+        append_row(path / "runs.csv", row)
+    return path
+
+
+def test_rows_of_an_earlier_yaml_of_the_folder_enter_no_fit(tmp_path):
+    # Ten steps end at a loss of 4, twenty at one of 3.
+    rows = [*rows_of_cells(TEN, level=4.0), *rows_of_cells(TWENTY)]
+    report = make_folder_report(folder_of(tmp_path, TWENTY, rows))
+    lines = summary(report)
+
+    assert lines[0] == "10 of 20 rows are left out: of no run that sweep.yaml asks for"
+    assert ["3.0000 [" in line for line in lines[3:5]] == [True, True]
+    text = report.markdown.read_text(encoding="utf-8")
+    assert "10 runs: 10 finished" in text
+    assert f"{tmp_path}/runs.csv; 10 of 20 rows are left out" in text
+    # The table itself is used whole.
+    whole = make_folder_report(tmp_path / "runs.csv", out=tmp_path / "whole")
+    assert whole.notes == ()
+    assert "20 runs: 20 finished" in whole.markdown.read_text(encoding="utf-8")
+
+
+def test_runs_that_refinement_added_stay_and_those_on_other_shards_go(tmp_path):
+    rows = rows_of_cells(TEN)
+    cell = with_rate_and_seed(cells_of(**TEN)[0], log2_lr=-6.5, seed=4)
+    added = a_row(cell=cell.id, arm="base", size=32.0, log2_lr=-6.5, seed=4)
+    cell = with_rate_and_seed(cell, log2_lr=-7.5, seed=4)
+    old = a_row(
+        cell=cell.id,
+        arm="base",
+        size=32.0,
+        log2_lr=-7.5,
+        seed=4,
+        data_sha256="e" * 64,
+        started="2026-01-01T00:00:00+00:00",
+    )
+    folder_of(tmp_path, TEN, [])
+
+    kept, notes = rows_of_sweep(tmp_path, [*rows, added, old])
+
+    assert kept == [*rows, added]
+    assert notes == [
+        "1 of 12 rows are left out: on other shards than the run that started last (column "
+        "data_sha256)"
+    ]
+    assert rows_of_sweep(tmp_path, [*rows, added]) == ([*rows, added], [])
+
+
+def test_a_yaml_that_cannot_be_read_any_more_leaves_all_rows(tmp_path):
+    rows = rows_of_cells(TEN)
+    assert rows_of_sweep(tmp_path, rows) == (rows, [])
+    (tmp_path / "sweep.yaml").write_text("name: x\nstairs: {}\n")
+    kept, (note,) = rows_of_sweep(tmp_path, rows)
+    assert kept == rows
+    assert note.startswith("all 10 rows are used: sweep.yaml cannot be read (")
+    assert "stairs" in note
+
+
+def test_a_folder_without_a_row_of_its_yaml_is_refused(tmp_path):
+    folder_of(tmp_path, TWENTY, rows_of_cells(TEN))
+    with pytest.raises(DataError, match=r"none of the 10 rows of '.*runs\.csv' is of a run"):
+        make_folder_report(tmp_path)
+    assert not (tmp_path / "report").exists()
+
+
+def test_an_arm_on_several_sets_of_shards_is_told_of(tmp_path):
+    rows = [a_row(arm="a"), a_row(arm="b"), a_row(arm="b", seed=2, data_sha256="e" * 64)]
+    assert mixed_data(rows) == [
+        "b: its runs are on 2 different sets of shards (column data_sha256), so that their losses "
+        "do not compare"
+    ]
+    for row in arm_rows("mup", optimum=-6, sizes=(64, 128), seeds=(1,)):
+        data = "e" * 64 if row.size == 128 else "d" * 64
+        append_row(tmp_path / "runs.csv", replace(row, data_sha256=data))
+    code, lines = run(str(tmp_path))
+    assert code == 0
+    assert lines[0].startswith("mup: its runs are on 2 different sets of shards")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import logging
 import os
 from pathlib import Path
@@ -13,7 +14,10 @@ from megatron_mup.errors import ConfigError
 from megatron_mup.transfer.sweep.folder_lock import held, owner_of
 
 
-def test_a_folder_is_held_alone_or_together(tmp_path: Path) -> None:
+def test_a_folder_is_held_alone_or_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megatron_mup.transfer.sweep.folder_lock._PATIENCE_SECONDS", 0.0)
     me = f"pid {os.getpid()} on {os.uname().nodename}"
     with held(tmp_path, "lock", by="sweep"):
         assert owner_of(tmp_path / "lock") == me
@@ -33,6 +37,27 @@ def test_a_folder_is_held_alone_or_together(tmp_path: Path) -> None:
     ):
         assert owner_of(tmp_path / "lock") is None
     assert owner_of(tmp_path / "none") is None
+
+
+def test_a_question_who_has_a_folder_does_not_keep_a_command_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "lock").touch()
+    waited: list[float] = []
+    with (tmp_path / "lock").open() as asking:
+        # As ``owner_of`` holds it for a moment.
+        fcntl.flock(asking, fcntl.LOCK_SH)
+
+        def answered(seconds: float) -> None:
+            waited.append(seconds)
+            if len(waited) == 3:
+                fcntl.flock(asking, fcntl.LOCK_UN)
+
+        monkeypatch.setattr("time.sleep", answered)
+        with held(tmp_path, "lock", by="sweep"):
+            assert owner_of(tmp_path / "lock") is not None
+    assert len(waited) == 3
+    assert sum(waited) < 2.0
 
 
 def test_folders_that_are_missing_are_made(tmp_path: Path) -> None:

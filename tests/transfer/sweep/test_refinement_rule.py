@@ -51,10 +51,41 @@ def tried(
     )
 
 
+THREE = {rate: [1, 5, 3] for rate in GRID}
+NARROW = (-6.25, -5.75)
+
+
 def test_a_narrow_interval_needs_nothing() -> None:
-    choice = choose(tried(interval=(-6.25, -5.75)), REFINE)
+    choice = choose(tried(interval=NARROW, runs=THREE), REFINE)
     assert (choice.action, choice.runs) == ("stop", ())
     assert choice.reason == "narrow enough: optimum 2^-6.00, interval 0.50 octaves wide"
+
+
+def test_a_narrow_interval_of_fewer_than_three_seeds_is_not_believed() -> None:
+    one = choose(tried(interval=NARROW), REFINE)
+    assert (one.action, one.runs) == ("halve", ((-6.5, 1), (-5.5, 1)))
+    assert one.reason == "half steps beside 2^-6: optimum 2^-6.00, interval 0.50 octaves wide"
+    then = choose(tried(interval=NARROW, runs=HALVED), REFINE)
+    assert then.runs == tuple((rate, seed) for seed in (5, 3) for rate in NEAR)
+    # Two seeds lack one, however narrow the interval is.
+    two = {rate: [1, 5] for rate in HALVED}
+    last = choose(tried(interval=(-6.01, -5.99), runs=two), REFINE)
+    assert last.runs == tuple((rate, 3) for rate in NEAR)
+    # Rates beyond the neighbours may have one seed.
+    near = choose(tried(interval=NARROW, runs=THREE | {-8.0: [1], -4.0: [1]}), REFINE)
+    assert near.reason.startswith("narrow enough")
+
+
+def test_a_narrow_interval_of_a_curve_that_misses_its_points_is_not_believed() -> None:
+    missed: dict[str, Any] = {"interval": NARROW, "misfit": "the curve misses its points"}
+    first = choose(tried(runs=THREE, **missed), REFINE)
+    assert (first.action, len(first.runs)) == ("halve", 6)
+    halved = {rate: [1, 5, 3] for rate in HALVED}
+    last = choose(tried(runs=halved, **missed), REFINE)
+    assert last.reason.startswith("more runs will not help: the curve misses its points; optimum")
+    # One that a narrower window describes may be believed.
+    cured = choose(tried(runs=THREE, narrowed=True, **missed), REFINE)
+    assert cured.reason.startswith("narrow enough")
 
 
 @pytest.mark.parametrize(
@@ -168,7 +199,8 @@ def test_after_the_half_steps_further_seeds_follow_from_one_step_below_to_one_ab
     # An octave to half of one is four times the runs; two seeds come at a time.
     choice = choose(tried(runs=HALVED, interval=(-6.5, -5.5)), REFINE)
     assert choice.action == "seeds"
-    assert choice.runs == tuple((rate, seed) for rate in NEAR for seed in (5, 3))
+    # The first of them everywhere before the second: a limit may end the list.
+    assert choice.runs == tuple((rate, seed) for seed in (5, 3) for rate in NEAR)
 
 
 def test_seeds_that_a_rate_lacks_come_first_and_new_ones_are_above_those_of_the_sweep() -> None:
@@ -179,7 +211,7 @@ def test_seeds_that_a_rate_lacks_come_first_and_new_ones_are_above_those_of_the_
     everything = {rate: [1, 5, 3] for rate in HALVED}
     more = choose(tried(runs=everything, interval=(-6.3, -5.7)), REFINE)
     # 1.44 times three are more than four; the new ones are above 5.
-    assert more.runs == tuple((rate, seed) for rate in NEAR for seed in (6, 7))
+    assert more.runs == tuple((rate, seed) for seed in (6, 7) for rate in NEAR)
 
 
 def test_an_interval_without_an_end_gets_seeds() -> None:

@@ -162,3 +162,18 @@ def test_a_file_that_is_no_sweep_is_refused(tmp_path: Path, text: str, words: st
         load_sweep(path)
     with pytest.raises(ConfigError, match="cannot read the sweep"):
         load_sweep(tmp_path / "none.yaml")
+
+
+def test_refine_is_read_with_defaults_and_refused_by_name() -> None:
+    refine = sweep_of(refine={}).refine
+    assert refine is not None
+    assert (refine.interval_octaves, refine.max_rounds) == (0.5, 3)
+    assert (refine.max_cells, refine.widest) == (None, (-14.0, 2.0))
+    given = {"interval_octaves": 1, "max_rounds": 5, "max_cells": 9, "widest": [-10, -2]}
+    refine = sweep_of(refine=given).refine
+    assert refine is not None
+    assert (refine.interval_octaves, refine.max_rounds) == (1.0, 5)
+    assert (refine.max_cells, refine.widest) == (9, (-10.0, -2.0))
+    for wrong in ({"widest": [1]}, {"widest": [2, 1]}, {"max_rounds": 0}, {"octaves": 1}):
+        with pytest.raises(ConfigError, match=r"refine\."):
+            sweep_of(refine=wrong)

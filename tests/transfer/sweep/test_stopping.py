@@ -59,7 +59,23 @@ def test_the_scatter_of_a_step_does_not_count_a_trend_twice() -> None:
     assert scatter(wavy(3.0), 100, 100) == pytest.approx(0.141421, rel=1e-5)
     # The last fifth alone counts.
     assert scatter([9.0, 1.0] * 40 + [2.0] * 20, 100, 100) == 0.0
-    assert scatter([1.0], 1, 100) == 0.0
+
+
+def test_the_scatter_of_a_few_steps_is_not_known() -> None:
+    # A fifth of 55 steps are 11, with 10 differences; one of them not finite leaves 9.
+    assert scatter(wavy(3.0), 55, 55) == pytest.approx(0.141421, rel=1e-5)
+    assert math.isnan(scatter(wavy(3.0), 50, 50))
+    assert math.isnan(scatter([*wavy(3.0, steps=50), math.nan, *wavy(3.0, steps=4)], 55, 55))
+    assert math.isnan(scatter([1.0], 1, 100))
+
+
+@pytest.mark.parametrize("planned", [5, 10, 50])
+def test_very_short_runs_are_not_stopped(planned: int) -> None:
+    step = planned - 1
+    rivals = {-6.0: wavy(3.0)}
+    long: dict[str, Any] = {"near": (), "margin": 0.1}
+    assert not surely_worse([99.0] * planned, rivals, step=step, planned=planned, **long)
+    assert surely_worse([99.0] * 55, rivals, step=54, planned=55, **long)
 
 
 def worse(level: float, margin: float = 1.0, near: tuple[float, ...] = (-9.0,)) -> bool:
@@ -252,7 +268,7 @@ def test_a_far_rate_ends_early_and_is_recorded_with_what_it_had(tmp_path: Path) 
         # The lowest rate is neither a neighbour of the highest one, nor of a neighbour of it.
         learning_rate={"log2": [-15, -12, -9, -6]},
         seeds=[1],
-        tokens={"rule": "fixed_tokens", "tokens": 40 * 4 * 16},
+        tokens={"rule": "fixed_tokens", "tokens": 60 * 4 * 16},
         stop_early={"after": 0.5, "margin": 0.1},
     )
     out = tmp_path / "out"
@@ -261,7 +277,7 @@ def test_a_far_rate_ends_early_and_is_recorded_with_what_it_had(tmp_path: Path) 
     lines: list[str] = []
     # The best goes first, so that there is something to compare with.
     best = cells[3]
-    write_curve(SweepFolder(out).curve(best.id), [1.0, 1.1] * 20)
+    write_curve(SweepFolder(out).curve(best.id), [1.0, 1.1] * 30)
     request = RunRequest(config=config, out=out, text=(), share=share)
     assert run_sweep(request, lines.append) == 0
     rows = {row.log2_lr: row for row in read_rows(out / "runs.csv")}
@@ -272,13 +288,13 @@ def test_a_far_rate_ends_early_and_is_recorded_with_what_it_had(tmp_path: Path) 
         -6.0: "finished",
     }
     early = rows[-15.0]
-    # Looked at after 20 steps, and ended after the next one.
-    assert (early.steps, early.planned_steps, early.tokens) == (21, 40, 21 * 64)
+    # Looked at after 30 steps, and ended after the next one.
+    assert (early.steps, early.planned_steps, early.tokens) == (31, 60, 31 * 64)
     assert math.isnan(early.validation_loss)
     assert early.train_loss > 4.0
-    assert len(read_curve(SweepFolder(out).curve(early.cell))) == 21
-    assert len(read_curve(SweepFolder(out).curve(best.id))) == 40
-    assert any("lr 2^-15 seed 1: stopped early at step 21" in line for line in lines)
+    assert len(read_curve(SweepFolder(out).curve(early.cell))) == 31
+    assert len(read_curve(SweepFolder(out).curve(best.id))) == 60
+    assert any("lr 2^-15 seed 1: stopped early at step 31" in line for line in lines)
     assert list((out / "cells").iterdir()) == []
     # It is through: the same command has nothing to run, nor has one without the option.
     before = (out / "runs.csv").read_bytes()

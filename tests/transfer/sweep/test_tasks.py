@@ -176,6 +176,26 @@ def test_preparing_says_that_tasks_do_not_refine(tmp_path: Path) -> None:
     ]
 
 
+def test_merging_tells_what_refinement_still_wants(tmp_path: Path) -> None:
+    config, out = write_sweep(tmp_path, seeds=[1], refine={"max_rounds": 1}), tmp_path / "out"
+    merge = ["sweep", "merge", str(out)]
+    run(config, FIRST)
+    # Nothing is decided before the grid is through.
+    assert "refine:" not in CliRunner().invoke(app, merge).output
+    run(config, SECOND)
+    # The lowest loss is at 2^-7, the lowest rate, at both widths: two more rates for each.
+    wanted = (
+        f"refine: 2 curves want 4 more runs: run 'megatron-mup sweep run {out}/sweep.yaml --out "
+        f"{out}'"
+    )
+    for only in ([], ["--only", "base/32"]):
+        done = CliRunner().invoke(app, [*merge, *only])
+        assert done.output.splitlines() == [f"4 runs in {out}/runs.csv", wanted]
+        assert done.exit_code == 0
+    run(config)
+    assert CliRunner().invoke(app, merge).output.splitlines() == [f"8 runs in {out}/runs.csv"]
+
+
 def test_a_command_without_a_task_takes_over_what_tasks_have(tmp_path: Path) -> None:
     config, out = write_sweep(tmp_path), tmp_path / "out"
     run(config, SECOND)
