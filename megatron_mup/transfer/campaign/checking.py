@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import yaml
 from megatron_mup.config import RunConfig
 from megatron_mup.config_io import config_to_dict
 from megatron_mup.data.publication import publish_text
+from megatron_mup.revision import revision
 from megatron_mup.transfer.campaign.spec import CheckOptions
 from megatron_mup.transfer.sweep.base import full_name
 
@@ -50,6 +52,8 @@ def check_inputs(run: RunConfig, check: CheckOptions, widths: Sequence[float]) -
         "steps": check.steps,
         "seeds": check.seeds,
         "options": options,
+        # A check is of this package's rules in that megatron-core, not of the YAML alone.
+        "made_by": [revision(), metadata.version("torch"), metadata.version("megatron-core")],
     }
 
 

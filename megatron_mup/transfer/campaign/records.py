@@ -31,14 +31,22 @@ class Records:
             stage: its name.
             inputs: plain data that its result depends on.
         """
+        return self._read(stage).get("inputs_sha256") == digest(inputs)
+
+    def result(self, stage: str) -> dict[str, Any]:
+        """What ``write`` kept of the stage; empty if it is not on record."""
+        result = self._read(stage).get("result")
+        return result if isinstance(result, dict) else {}
+
+    def _read(self, stage: str) -> dict[str, Any]:
         try:
             record = json.loads(self._file(stage).read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            return False
-        return isinstance(record, dict) and record.get("inputs_sha256") == digest(inputs)
+            return {}
+        return record if isinstance(record, dict) else {}
 
     def write(self, stage: str, inputs: Any, result: Any) -> None:
-        """Keep that a stage ended well; ``result`` is for readers."""
+        """Keep that a stage ended well, and ``result`` for readers."""
         self.folder.mkdir(parents=True, exist_ok=True)
         record = {"stage": stage, "inputs_sha256": digest(inputs), "result": result}
         publish_text(self._file(stage), json.dumps(record, indent=1) + "\n")

@@ -13,6 +13,7 @@ from typing import Any
 from megatron_mup.config import RunConfig
 from megatron_mup.config_io import config_from_dict, read_sections
 from megatron_mup.errors import ConfigError
+from megatron_mup.transfer.campaign.likeness import Kind
 from megatron_mup.transfer.sweep.cells import Cell, make_cells
 from megatron_mup.transfer.sweep.reading import Part, read_yaml
 from megatron_mup.transfer.sweep.spec import Sweep, load_sweep, sweep_from_dict
@@ -24,6 +25,7 @@ _GATE_KEYS = (
     "widest_interval",
     "level",
     "accept_cannot_tell",
+    "accept",
 )
 _CHECK_KEYS = ("widths", "steps", "seeds", "options")
 _STAND_IN_LR = 1.0
@@ -37,18 +39,22 @@ class GateRules:
         fewest_sizes: proxies with an identified optimum.
         largest_ratio: target width over that of the largest proxy.
         widest_interval: of the predicted learning rate, octaves.
-        level: probability that the interval holds.
+        level: probability that the predicted learning rate's interval holds; the verdict has a
+            level of its own.
         accept_cannot_tell: go on where the verdict is that nobody can tell.
+        accept: extrapolations of the target in more than width that are wanted.
     """
 
     # A line has two parameters: a third size is the first that can contradict it (ours).
     fewest_sizes: int = 3
-    # Assumption, ours: six doublings, over which the verdict's 0.25 octaves each add up to 1.5.
-    largest_ratio: float = 64.0
+    # Assumption, ours: three doublings, over which the verdict's 0.25 octaves each add up to 0.75,
+    # less than the widest interval. Farther than proxies usually span, the line is untested.
+    largest_ratio: float = 8.0
     # A factor of two from end to end: the flat part of a usual minimum (assumption, ours).
     widest_interval: float = 1.0
     level: float = 0.9
     accept_cannot_tell: bool = False
+    accept: tuple[Kind, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,4 +226,13 @@ def _gate(top: Part) -> GateRules:
         widest_interval=gate.number("widest_interval", above=0.0) or rules.widest_interval,
         level=level or rules.level,
         accept_cannot_tell=gate.flag("accept_cannot_tell"),
+        accept=_accepted(gate),
     )
+
+
+def _accepted(gate: Part) -> tuple[Kind, ...]:
+    names = gate.value("accept") if gate.has("accept") else []
+    known = [kind.value for kind in Kind]
+    if not isinstance(names, list) or any(name not in known for name in names):
+        raise gate.error("accept", f"is {names!r}; give a list of {', '.join(known)}")
+    return tuple(kind for kind in Kind if kind.value in names)

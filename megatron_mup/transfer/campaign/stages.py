@@ -16,14 +16,22 @@ from typing import Any
 
 import yaml
 
-from megatron_mup import exit_codes
+from megatron_mup import __version__, exit_codes
 from megatron_mup.config import RunConfig
 from megatron_mup.config_io import config_to_dict
 from megatron_mup.data.publication import publish_text
-from megatron_mup.transfer.campaign.fit import Fit, fit_proxies, own_rows
+from megatron_mup.errors import DataError, MupError
+from megatron_mup.transfer.campaign.fit import (
+    VERDICT_LEVEL,
+    Fit,
+    fit_proxies,
+    on_shards,
+    own_rows,
+)
 from megatron_mup.transfer.campaign.gate import Stop, stops_after_fit, stops_before_runs
+from megatron_mup.transfer.campaign.interruption import as_ctrl_c
 from megatron_mup.transfer.campaign.likeness import warnings
-from megatron_mup.transfer.campaign.records import Records
+from megatron_mup.transfer.campaign.records import Records, digest
 from megatron_mup.transfer.campaign.spec import Campaign, load_campaign
 from megatron_mup.transfer.campaign.target import (
     TargetFiles,
@@ -32,11 +40,13 @@ from megatron_mup.transfer.campaign.target import (
     prediction_record,
     write_target,
 )
+from megatron_mup.transfer.campaign.target_data import check_target_data
 from megatron_mup.transfer.runs import Row
 from megatron_mup.transfer.sweep.base import portable_document
 from megatron_mup.transfer.sweep.folder import SweepFolder
 from megatron_mup.transfer.sweep.folder_lock import LOCK, held
 from megatron_mup.transfer.sweep.pool import Share
+from megatron_mup.transfer.sweep.results import data_digest
 from megatron_mup.transfer.sweep.session import RunRequest, check_text, run_sweep
 
 STOPPED = 1
@@ -90,9 +100,10 @@ def run_campaign(request: CampaignRequest, echo: Print) -> int:
     runner = _Runner(request, load_campaign(request.config), echo)
     with held(request.out, LOCK, by="campaign"):
         try:
-            return runner.refuse_early() or _run_stages(runner, request.until)
+            with as_ctrl_c():
+                return runner.refuse_early() or _run_stages(runner, request.until)
         except KeyboardInterrupt:
-            # Stages are on record when they are through; the sweep hears Ctrl-C itself.
+            # Stages are on record when they are through; the sweep hears requests itself.
             echo("interrupted; the same command goes on from here")
             return exit_codes.STOPPED_SAVED
 
@@ -139,13 +150,30 @@ class _Runner:
         """Refuse what is known to fail before anything runs; returns the exit code."""
         request = self._request
         check_text(self._campaign.sweep, self._cells, request.text)
-        stops = self._early_stops()
-        if stops and request.until in (Stage.GATE, Stage.TARGET):
+        if self._records.result(Stage.GATE).get("asked_sha256") != digest(self._asked):
+            # Another target or gate, or none that is through: files answer other questions.
             self._forget_after(Stage.FIT)
+        stops = self._early_stops()
+        last = request.until in (Stage.GATE, Stage.TARGET)
+        if stops:
+            self._forget_after(Stage.FIT)
+        if stops and last:
             return self._stopped(stops, "nothing was run")
         for stop in stops:
             self._echo(f"the gate will stop: {stop.why}")
+        try:
+            check_target_data(self._campaign.target, self._largest, self._campaign.sweep.text)
+        except MupError as error:
+            if last:
+                raise
+            self._echo(f"warning: the target cannot be trained yet: {error}")
         return exit_codes.FINISHED
+
+    @property
+    def _asked(self) -> dict[str, Any]:
+        """What a target's files answer, beside the runs."""
+        campaign = self._campaign
+        return {"rules": asdict(campaign.gate), "target": config_to_dict(campaign.target)}
 
     def prepare(self) -> None:
         """Write the sweep of the arm, as this command and the tasks of an array read it."""
@@ -162,7 +190,12 @@ class _Runner:
             self._campaign.target,
             widths=self._widths,
             rules=self._campaign.gate,
+            budget=self._campaign.sweep.tokens,
         )
+
+    def _warnings(self) -> list[str]:
+        campaign = self._campaign
+        return warnings(self._largest, campaign.target, budget=campaign.sweep.tokens)
 
     def check(self) -> int:
         """The coordinate check of the arm, at the proxies' widths."""
@@ -199,25 +232,51 @@ class _Runner:
             text=request.text,
             share=request.share,
         )
-        code = run_sweep(sweep, self._echo)
+        try:
+            code = run_sweep(sweep, self._echo)
+        except DataError:
+            self._forget_sweep()
+            raise
         if code == exit_codes.FINISHED:
             self._records.write(Stage.SWEEP, inputs, {"table": str(self._folder.table)})
-        elif code != exit_codes.STOPPED_SAVED:
+            return code
+        self._forget_sweep()
+        if code != exit_codes.STOPPED_SAVED:
             self._echo("the campaign stops: runs failed; the same command tries them again")
         return code
+
+    def _forget_sweep(self) -> None:
+        """Runs are missing or are of other data: what was made from all of them no longer holds."""
+        self._records.drop(Stage.SWEEP)
+        self._forget_after(Stage.SWEEP)
+
+    def _read_rows(self) -> list[Row]:
+        """The arm's runs on the present shards."""
+        rows = own_rows(self._folder.rows(), self._cells)
+        kept = on_shards(rows, data_digest(self._largest))
+        if len(kept) < len(rows):
+            self._echo(f"{len(rows) - len(kept)} runs on other shards are left out of the fit")
+        return kept
 
     def fit(self) -> int:
         """Minima, verdict and prediction; a report is written where the runs have changed."""
         campaign, out = self._campaign, self._request.out
-        self._rows = own_rows(self._folder.rows(), self._cells)
+        self._rows = self._read_rows()
         width, level = campaign.target.model.hidden_size, campaign.gate.level
-        inputs = {"rows": _rows_digest(self._rows), "level": level, "width": width}
+        inputs = {
+            "rows": _rows_digest(self._rows),
+            "level": level,
+            "width": width,
+            "widths": self._widths,
+            "title": [campaign.name, str(self._folder.table)],
+            "version": __version__,
+        }
         self._inputs_of_gate = inputs
         report = out / "report" / "report.html"
         is_done = report.exists() and self._records.is_done(Stage.FIT, inputs)
         if not is_done:
             self._forget_after(Stage.FIT)
-        self._fit = fit_proxies(self._rows, width, level=level)
+        self._fit = fit_proxies(self._rows, width, widths=self._widths, level=level)
         verdict = self._fit.verdict
         if not is_done:
             self._report()
@@ -247,14 +306,14 @@ class _Runner:
             self._rows,
             self._request.out / "report",
             title=f"Learning-rate transfer: {self._campaign.name}",
-            level=self._campaign.gate.level,
+            level=VERDICT_LEVEL,
             source=str(self._folder.table),
         )
 
     def gate(self) -> int:
         """Whether the prediction may be used."""
         fit, rules = self._known_fit(), self._campaign.gate
-        for line in warnings(self._largest, self._campaign.target):
+        for line in self._warnings():
             self._echo(f"warning: {line}")
         stops = stops_after_fit(fit, rules)
         if stops:
@@ -265,7 +324,8 @@ class _Runner:
             )
             return code
         inputs = {**self._inputs_of_gate, "rules": asdict(rules)}
-        self._records.write(Stage.GATE, inputs, {"passed": True})
+        result = {"passed": True, "asked_sha256": digest(self._asked)}
+        self._records.write(Stage.GATE, inputs, result)
         self._echo("gate: passed")
         return 0
 
@@ -280,12 +340,14 @@ class _Runner:
         """Configuration and prediction of the target, and how to start it."""
         campaign, fit = self._campaign, self._known_fit()
         files = self._files
-        open_points = warnings(self._largest, campaign.target)
         table = self._folder.table
-        record = prediction_record(campaign, fit, table=table, warnings=open_points)
+        record = prediction_record(campaign, fit, table=table, warnings=self._warnings())
         inputs = {"record": record, "target": config_to_dict(campaign.target)}
         written = files.config.exists() and files.prediction.exists()
         if not (written and self._records.is_done(Stage.TARGET, inputs)):
+            # Never one file of this fit beside one of the last, whenever the power fails.
+            self._records.drop(Stage.TARGET)
+            files.remove()
             write_target(files, campaign, proxy=self._largest, record=record)
             self._records.write(Stage.TARGET, inputs, {"config": str(files.config)})
         self._echo(

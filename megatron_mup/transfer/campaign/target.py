@@ -18,11 +18,10 @@ from megatron_mup.config import RunConfig
 from megatron_mup.config_io import config_from_dict, config_to_dict
 from megatron_mup.data.publication import publish_text
 from megatron_mup.revision import revision
-from megatron_mup.transfer.campaign.fit import Fit
+from megatron_mup.transfer.campaign.fit import VERDICT_LEVEL, Fit
 from megatron_mup.transfer.campaign.spec import Campaign, with_lr
-from megatron_mup.transfer.fits import Estimate
-
-_SHARDS = ("train_data_path", "valid_data_path", "per_split_data_args_path")
+from megatron_mup.transfer.campaign.target_data import SHARDS
+from megatron_mup.transfer.fits import Estimate, Minimum
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +59,7 @@ def write_target(
     proxy: RunConfig,
     record: Mapping[str, Any],
 ) -> None:
-    """Write configuration and prediction.
+    """Write prediction and configuration, the latter last: where it is, both are of one fit.
 
     Args:
         files: where.
@@ -73,13 +72,13 @@ def write_target(
     """
     sections = with_lr(campaign.target_sections, record["lr"])
     data = sections.setdefault("data", {})
-    if not any(data.get(name) for name in _SHARDS):
-        data |= {name: value for name in _SHARDS if (value := _shards(proxy, name))}
+    if not any(data.get(name) for name in SHARDS):
+        data |= {name: value for name in SHARDS if (value := _shards(proxy, name))}
     config_from_dict(sections, origin=str(campaign.target_config))
     files.config.parent.mkdir(parents=True, exist_ok=True)
     header = "".join(f"# {line}\n" for line in _header(campaign, record))
-    publish_text(files.config, header + yaml.safe_dump(sections, sort_keys=False))
     publish_text(files.prediction, json.dumps(record, indent=1) + "\n")
+    publish_text(files.config, header + yaml.safe_dump(sections, sort_keys=False))
 
 
 def _shards(proxy: RunConfig, name: str) -> Any:
@@ -109,21 +108,25 @@ def prediction_record(
             "campaign": campaign.name,
             "arm": campaign.arm,
             "target_hidden_size": campaign.target.model.hidden_size,
-            "proxies": [
-                {
-                    "hidden_size": one.size,
-                    "log2_lr": _plain(one.log2_lr.value),
-                    **_ends(one.log2_lr),
-                }
-                for one in fit.minima
-            ],
+            "proxies": [_optimum(one) for one in fit.minima],
             "runs": fit.runs,
             "table": str(table.absolute()),
             "verdict": fit.verdict.outcome,
             "because": fit.verdict.because,
             "not_corrected_for": warnings,
+            "accepted": [kind.value for kind in campaign.gate.accept],
             "made_by": f"megatron-mup {revision()}",
         },
+    }
+
+
+def _optimum(one: Minimum) -> dict[str, float | None]:
+    """Of a proxy, with its interval."""
+    return {
+        "hidden_size": one.size,
+        "log2_lr": _plain(one.log2_lr.value),
+        "level": VERDICT_LEVEL,
+        **_ends(one.log2_lr),
     }
 
 
@@ -140,6 +143,7 @@ def _header(campaign: Campaign, record: Mapping[str, Any]) -> list[str]:
     """Comment lines: the prediction in words."""
     interval, origin = record["interval"], record["provenance"]
     widths = ", ".join(f"{proxy['hidden_size']:g}" for proxy in origin["proxies"])
+    accepted = ", ".join(origin["accepted"])
     lines = [
         f"Target of the campaign {campaign.name}: {campaign.target_config} with optimizer.lr",
         f"predicted as 2^{record['log2_lr']:.3f} = {record['lr']:.6g}, {interval_words(interval)},",
@@ -147,6 +151,7 @@ def _header(campaign: Campaign, record: Mapping[str, Any]) -> list[str]:
         f"in {origin['table']}.",
         f"Verdict: {origin['verdict']}: {origin['because']}",
         *(f"Not corrected for: {line}" for line in origin["not_corrected_for"]),
+        *([f"Accepted by gate.accept: {accepted}."] if accepted else []),
         f"Made by {origin['made_by']}.",
     ]
     return lines
@@ -163,6 +168,8 @@ def interval_words(interval: dict[str, Any]) -> str:
 def launch_line(files: TargetFiles, campaign: Campaign) -> str:
     """How to start the target, from the folder in which the campaign was called."""
     if campaign.launch is None:
-        return f"megatron-mup train --config {shlex.quote(str(files.config))}"
+        ranks = campaign.target.parallel.model_parallel_size
+        each = f"torchrun --nproc-per-node {ranks} -m megatron_mup" if ranks > 1 else "megatron-mup"
+        return f"{each} train --config {shlex.quote(str(files.config))}"
     prediction, script = shlex.quote(str(files.prediction)), shlex.quote(str(campaign.launch))
     return f"LR_FROM={prediction} bash {script}"

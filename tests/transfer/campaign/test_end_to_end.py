@@ -9,7 +9,7 @@ import yaml
 from megatron_mup.transfer.campaign.stages import CampaignRequest, run_campaign
 from megatron_mup.transfer.runs import read_rows
 from megatron_mup.transfer.sweep.pool import Share
-from tests.transfer.campaign.campaigns import write_campaign
+from tests.transfer.campaign.campaigns import target_data, write_campaign
 from tests.transfer.sweep.sweeps import write_sweep
 
 
@@ -22,8 +22,10 @@ def test_a_campaign_of_one_seed_trains_its_proxies_and_stops_for_want_of_an_inte
         learning_rate={"log2": [-12, -7, 2]},
         seeds=[1],
     )
+    shards = {part: [str(tmp_path / "shards" / part)] for part in ("train", "valid")}
     config = write_campaign(
         tmp_path,
+        target_data(data__train_data_path=shards["train"], data__valid_data_path=shards["valid"]),
         sweep=yaml.safe_load(sweep.read_text()),
         arm="base",
         coordinate_check={"widths": [64, 128], "seeds": 2, "steps": 2},

@@ -10,18 +10,21 @@ from typing import Any, Literal
 import pytest
 
 from megatron_mup.config_io import config_from_dict
-from megatron_mup.transfer.campaign.fit import Fit
+from megatron_mup.transfer.campaign.fit import Fit, Neighbour
 from megatron_mup.transfer.campaign.gate import (
     Stop,
     stops_after_fit,
     stops_before_runs,
     width_of,
 )
+from megatron_mup.transfer.campaign.likeness import Kind
 from megatron_mup.transfer.campaign.spec import GateRules
 from megatron_mup.transfer.fits import Estimate, Minimum, Verdict
+from megatron_mup.transfer.sweep.spec import TokenBudget, TokenRule
 from tests.transfer.campaign.campaigns import campaign_of, target_data
 
 RULES = GateRules()
+BUDGET = TokenBudget(rule=TokenRule.FIXED_TOKENS, amount=600)
 
 
 def minimum(size: float, edge: Literal["low", "high"] | None = None) -> Minimum:
@@ -93,6 +96,74 @@ def test_too_few_known_optima_stop() -> None:
     ]
     assert stops[0].next_step == "add widths to scale.values, such as 128"
     assert stops_after_fit(fit_of([minimum(32), minimum(64)]), replace(RULES, fewest_sizes=2)) == []
+    # Three points can contradict a line; somebody wants more all the same.
+    (stop,) = stops_after_fit(fit_of(), replace(RULES, fewest_sizes=5))
+    assert stop.why == "3 widths with a known optimum, 5 needed"
+
+
+def test_a_curve_that_misses_its_points_stops_unless_a_narrower_window_fits() -> None:
+    words = "the fitted curve misses its points (lack-of-fit test, p = 1e-12)"
+    missed = replace(minimum(128), misfit=f"{words}; do not trust the intervals")
+    assert stops_after_fit(fit_of([minimum(32), minimum(64), missed]), RULES) == [
+        Stop(
+            why=f"width 128: {words}; do not trust the intervals",
+            next_step="add learning rates half an octave apart around 2^-6",
+        )
+    ]
+    narrowed = replace(missed, narrowed=True)
+    assert stops_after_fit(fit_of([minimum(32), minimum(64), narrowed]), RULES) == []
+
+
+def test_a_width_without_an_optimum_stops_however_many_others_there_are() -> None:
+    none = Estimate(value=None, reason="no learning rate at which every run ended well")
+    blank = replace(minimum(96), log2_lr=none, lowest=None)
+    minima = [minimum(32), minimum(64), blank, minimum(128)]
+    assert stops_after_fit(fit_of(minima), RULES) == [
+        Stop(
+            why="width 96: the best learning rate is unknown: no learning rate at which every run "
+            "ended well",
+            next_step="lower learning rates for it",
+        )
+    ]
+    flat = replace(minimum(96), log2_lr=Estimate(value=None, reason="not identifiable"))
+    (stop,) = stops_after_fit(fit_of([*minima[:2], flat, minima[3]]), RULES)
+    assert stop.next_step.startswith("more seeds and learning rates half an octave apart")
+    # One at an edge is told with the edges, and the blank one is told beside it.
+    edge = [*minima[:3], minimum(128, "high")]
+    assert [stop.why[:9] for stop in stops_after_fit(fit_of(edge), RULES)] == [
+        "width 128",
+        "width 96:",
+    ]
+
+
+def test_a_width_of_the_yaml_without_a_curve_stops() -> None:
+    (stop,) = stops_after_fit(replace(fit_of(), without_curve=(96.0,)), RULES)
+    assert stop.why.startswith("width 96: no run finished or diverged")
+
+
+@pytest.mark.parametrize(
+    ("edge", "beyond", "between"),
+    [("high", -3.0, "between 2^-4 and 2^-3"), ("low", -5.0, "between 2^-5 and 2^-4")],
+)
+def test_next_to_a_diverged_run_rates_between_are_wanted(
+    edge: Literal["low", "high"], beyond: float, between: str
+) -> None:
+    fit = fit_of([minimum(32), minimum(64), minimum(128), minimum(256, edge)])
+    beside = {256.0: Neighbour(log2_lr=beyond, stopped=False)}
+    assert stops_after_fit(replace(fit, neighbours=beside), RULES) == [
+        Stop(
+            why=f"width 256: the lowest loss, at 2^-4, lies next to the learning rate "
+            f"2^{beyond:g} at which a run diverged, so that the optimum may lie between",
+            next_step=f"add learning rates {between} to learning_rate of the sweep",
+        )
+    ]
+    beside = {256.0: Neighbour(log2_lr=beyond, stopped=True)}
+    (stop,) = stops_after_fit(replace(fit, neighbours=beside), RULES)
+    assert "at which a run was stopped early" in stop.why
+    assert stop.next_step == (
+        f"add learning rates {between} to learning_rate of the sweep, or delete the lines of the "
+        "stopped runs in sweep/runs.csv and remove stop_early"
+    )
 
 
 def test_a_wide_interval_stops() -> None:
@@ -149,25 +220,72 @@ def test_a_verdict_that_nobody_can_tell_stops_unless_it_is_accepted() -> None:
     assert stops_after_fit(fit_of(outcome="cannot tell"), rules) == []
 
 
-@pytest.mark.parametrize(("target", "stopped"), [(4096, False), (8192, False), (8224, True)])
+@pytest.mark.parametrize(("target", "stopped"), [(512, False), (1024, False), (1056, True)])
 def test_a_largest_proxy_far_below_the_target_stops_before_runs(
     tmp_path: Path, target: int, stopped: bool
 ) -> None:
     proxy = campaign_of(tmp_path).proxies(tmp_path)[-1].run
     data = target_data(model__hidden_size=target, model__num_attention_heads=target // 16)
     run = config_from_dict({"optimizer": {"lr": 1.0}} | data)
-    stops = stops_before_runs(proxy, run, widths=[32, 64, 128], rules=RULES)
-    # 64 times 128 is 8192.
+    stops = stops_before_runs(proxy, run, widths=[32, 64, 128], rules=RULES, budget=BUDGET)
+    # 8 times 128 is 1024.
     assert [stop.next_step for stop in stops] == (
-        ["add a width of at least 128.5 to scale.values"] if stopped else []
+        ["add a width of at least 132 to scale.values, or raise gate.largest_ratio"]
+        if stopped
+        else []
     )
+    loose = replace(RULES, largest_ratio=64.0)
+    assert not stops_before_runs(proxy, run, widths=[32, 64, 128], rules=loose, budget=BUDGET)
+
+
+def test_a_target_narrower_than_all_proxies_stops(tmp_path: Path) -> None:
+    proxy = campaign_of(tmp_path).proxies(tmp_path)[-1].run
+    data = target_data(model__hidden_size=32, model__num_attention_heads=2)
+    run = config_from_dict({"optimizer": {"lr": 1.0}} | data)
+    assert not stops_before_runs(proxy, run, widths=[32, 64, 128], rules=RULES, budget=BUDGET)
+    (stop,) = stops_before_runs(proxy, run, widths=[48, 64, 128], rules=RULES, budget=BUDGET)
+    assert stop.why == (
+        "the target's width 32 is below that of the smallest proxy, 48: proxies are to be smaller "
+        "than the target"
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "kinds"),
+    [
+        ({"training__train_iters": 1000, "schedule__lr_warmup_iters": 200}, ["tokens"]),
+        ({"model__num_layers": 2}, ["depth"]),
+        # The same tokens in half the steps.
+        (
+            {
+                "training__global_batch_size": 8,
+                "training__train_iters": 5,
+                "schedule__lr_warmup_iters": 1,
+            },
+            ["batch"],
+        ),
+        ({"model__seq_length": 32, "training__global_batch_size": 2}, ["sequence"]),
+        ({"training__rampup_batch_size": [2, 2, 8]}, ["rampup"]),
+    ],
+)
+def test_extrapolating_in_more_than_width_stops_unless_it_is_accepted(
+    tmp_path: Path, changes: dict[str, Any], kinds: list[str]
+) -> None:
+    proxy = campaign_of(tmp_path).proxies(tmp_path)[-1].run
+    run = config_from_dict({"optimizer": {"lr": 1.0}} | target_data(**changes))
+    stops = stops_before_runs(proxy, run, widths=[32, 64, 128], rules=RULES, budget=BUDGET)
+    told = [stop.next_step.partition("; or put ")[2].split()[0] for stop in stops]
+    assert told == kinds
+    rules = replace(RULES, accept=tuple(Kind(kind) for kind in kinds))
+    assert not stops_before_runs(proxy, run, widths=[32, 64, 128], rules=rules, budget=BUDGET)
 
 
 def test_two_widths_and_another_rule_stop_before_runs(tmp_path: Path) -> None:
     proxy = campaign_of(tmp_path).proxies(tmp_path)[-1].run
     data = target_data(parameterization__name="sp", schedule__min_lr_ratio=0.1)
     run = config_from_dict({"optimizer": {"lr": 1.0}} | data)
-    few, other = stops_before_runs(proxy, run, widths=[32, 64], rules=RULES)
+    few, far, other = stops_before_runs(proxy, run, widths=[32, 48], rules=RULES, budget=BUDGET)
+    assert far.why.startswith("the target's width 512 is 10.6667 times")
     assert few.why.startswith("2 widths, 3 needed")
     assert other.why == (
         "the target differs from the proxies in more than sizes, layout, precision and length: "

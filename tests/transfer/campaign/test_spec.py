@@ -10,8 +10,9 @@ import yaml
 
 from megatron_mup.errors import ConfigError
 from megatron_mup.transfer.campaign.gate import stops_before_runs
-from megatron_mup.transfer.campaign.likeness import warnings
+from megatron_mup.transfer.campaign.likeness import Kind, warnings
 from megatron_mup.transfer.campaign.spec import CheckOptions, GateRules, load_campaign
+from megatron_mup.transfer.campaign.target_data import check_target_data
 from tests.transfer.campaign.campaigns import (
     TARGET,
     campaign_data,
@@ -27,10 +28,11 @@ def test_what_is_left_out_has_the_documented_defaults(tmp_path: Path) -> None:
     campaign = campaign_of(tmp_path)
     assert campaign.gate == GateRules(
         fewest_sizes=3,
-        largest_ratio=64.0,
+        largest_ratio=8.0,
         widest_interval=1.0,
         level=0.9,
         accept_cannot_tell=False,
+        accept=(),
     )
     assert campaign.check == CheckOptions(widths=None, steps=4, seeds=3, options={})
     assert campaign.launch is None
@@ -50,13 +52,19 @@ def test_every_key_is_read(tmp_path: Path) -> None:
             "widest_interval": 0.5,
             "level": 0.8,
             "accept_cannot_tell": True,
+            "accept": ["batch", "tokens"],
         },
     )
     assert campaign.arm == "sp"
     assert campaign.launch == tmp_path / "mup_10b.sh"
     assert campaign.check == CheckOptions(widths=(64, 128), steps=2, seeds=5, options={"lr": 0.5})
     assert campaign.gate == GateRules(
-        fewest_sizes=4, largest_ratio=16.0, widest_interval=0.5, level=0.8, accept_cannot_tell=True
+        fewest_sizes=4,
+        largest_ratio=16.0,
+        widest_interval=0.5,
+        level=0.8,
+        accept_cannot_tell=True,
+        accept=(Kind.TOKENS, Kind.BATCH),
     )
 
 
@@ -97,6 +105,11 @@ def test_the_only_arm_need_not_be_named(tmp_path: Path) -> None:
             r"target.launch names the script .*/none.sh, which is not there; give its path",
         ),
         ({"gate": {"widest_interval": 0}}, r"gate.widest_interval is 0; it must be above 0"),
+        (
+            {"gate": {"accept": ["width"]}},
+            r"gate.accept is \['width'\]; give a list of tokens, depth, batch, sequence, rampup",
+        ),
+        ({"gate": {"accept": "tokens"}}, r"gate.accept is 'tokens'; give a list of tokens"),
         ({"gate": {"largest_ratio": 0.5}}, r"gate.largest_ratio is 0.5; it must be at least 1"),
     ],
 )
@@ -135,8 +148,15 @@ def test_the_example_asks_for_nothing_that_its_gate_would_stop(tmp_path: Path) -
     cells = campaign.proxies(tmp_path)
     # Five widths, seven rates, three seeds.
     assert len(cells) == 105
+    assert campaign.gate.accept == ()
+    proxy, budget = cells[-1].run, campaign.sweep.tokens
     stops = stops_before_runs(
-        cells[-1].run, campaign.target, widths=campaign.sweep.sizes, rules=campaign.gate
+        proxy,
+        campaign.target,
+        widths=campaign.sweep.sizes,
+        rules=campaign.gate,
+        budget=budget,
     )
     assert stops == []
-    assert warnings(cells[-1].run, campaign.target) == []
+    assert warnings(proxy, campaign.target, budget=budget) == []
+    check_target_data(campaign.target, proxy, campaign.sweep.text)

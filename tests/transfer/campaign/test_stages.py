@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import signal
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -15,82 +14,18 @@ from typer.testing import CliRunner
 from megatron_mup.cli import app
 from megatron_mup.errors import ConfigError
 from megatron_mup.transfer.campaign import checking, stages
-from megatron_mup.transfer.campaign.stages import CampaignRequest, Stage, run_campaign
-from megatron_mup.transfer.runs import append_row, read_rows
+from megatron_mup.transfer.campaign.stages import CampaignRequest, Stage
+from megatron_mup.transfer.runs import append_row
 from megatron_mup.transfer.sweep.cells import make_cells
 from megatron_mup.transfer.sweep.folder_lock import LOCK, held
-from megatron_mup.transfer.sweep.pool import Share
-from megatron_mup.transfer.sweep.session import RunRequest
 from megatron_mup.transfer.sweep.spec import load_sweep
+from tests.transfer.campaign.acting import Acted, run
 from tests.transfer.campaign.campaigns import (
-    campaign_data,
     loss_with,
     rows_of,
     target_data,
     write_campaign,
 )
-
-
-class Acted:
-    """Stands in for what takes time, and notes what ran."""
-
-    def __init__(self) -> None:
-        self.calls: list[str] = []
-        self.asked = 0
-        self.loss: Callable[[float, float], float] = loss_with()
-        self.noise = 0.003
-        self.passes = True
-        self.code = 0
-        self.checked: list[dict[str, Any]] = []
-
-    def check(self, inputs: dict[str, Any], _folder: Path, _echo: object) -> bool:
-        self.calls.append("check")
-        self.checked.append(inputs)
-        return self.passes
-
-    def sweep(self, request: RunRequest, _echo: object) -> int:
-        """Add the rows that are missing, as the real one does."""
-        self.asked += 1
-        cells = make_cells(load_sweep(request.config), request.out / "data")
-        table = request.out / "runs.csv"
-        known = {row.cell for row in read_rows(table)}
-        rows = [row for row in rows_of(cells, self.loss, noise=self.noise) if row.cell not in known]
-        if rows or self.code:
-            self.calls.append("sweep")
-        if self.code == 0:
-            request.out.mkdir(exist_ok=True)
-            for row in rows:
-                append_row(table, row)
-        return self.code
-
-    def report(self, _rows: object, folder: Path, **_options: object) -> None:
-        self.calls.append("report")
-        folder.mkdir(exist_ok=True)
-        (folder / "report.html").touch()
-
-
-@pytest.fixture
-def acted(monkeypatch: pytest.MonkeyPatch) -> Acted:
-    acted = Acted()
-    monkeypatch.setattr(checking, "check_arm", acted.check)
-    monkeypatch.setattr(stages, "run_sweep", acted.sweep)
-    monkeypatch.setattr("megatron_mup.transfer.report.build.make_report", acted.report)
-    # A row is synced to disk; a table of 63 need not be.
-    monkeypatch.setattr("os.fsync", lambda _file: None)
-    return acted
-
-
-def run(config: Path, until: Stage = Stage.TARGET) -> tuple[int, list[str]]:
-    """Exit code and lines of the command."""
-    lines: list[str] = []
-    request = CampaignRequest(
-        config=config,
-        out=config.parent / "out",
-        text=(),
-        share=Share(workers=1, threads=1),
-        until=until,
-    )
-    return run_campaign(request, lines.append), lines
 
 
 def test_a_campaign_goes_through_and_predicts(tmp_path: Path, acted: Acted) -> None:
@@ -120,70 +55,6 @@ def test_a_second_call_does_nothing_again_but_says_the_same(tmp_path: Path, acte
     assert (tmp_path / "out/target/config.yaml").stat().st_mtime_ns == before
 
 
-def test_the_table_is_compared_with_the_sweep_every_time(tmp_path: Path, acted: Acted) -> None:
-    config, table = write_campaign(tmp_path), tmp_path / "out/sweep/runs.csv"
-    run(config)
-    rows = table.read_text().splitlines(keepends=True)
-    # A run that the user wants to have again.
-    table.write_text("".join(rows[:-1]))
-    acted.calls.clear()
-    assert run(config)[0] == 0
-    assert (acted.calls, acted.asked) == (["sweep"], 2)
-    assert table.read_text().count("\n") == len(rows)
-
-
-def test_a_report_that_is_gone_is_made_again(tmp_path: Path, acted: Acted) -> None:
-    config, report = write_campaign(tmp_path), tmp_path / "out/report/report.html"
-    run(config)
-    report.unlink()
-    acted.calls.clear()
-    code, lines = run(config)
-    assert (code, acted.calls) == (0, ["report"])
-    assert f"report: {report}" in lines
-    assert report.exists()
-
-
-@pytest.mark.parametrize("trouble", ["interrupted", "check", "gate", "target"])
-def test_a_target_that_no_longer_holds_is_removed(
-    tmp_path: Path, acted: Acted, trouble: str
-) -> None:
-    run(write_campaign(tmp_path))
-    target = tmp_path / "out/target"
-    changes: dict[str, Any] = {}
-    config = target_data()
-    if trouble == "interrupted":
-        acted.code = 75
-        changes["sweep"] = campaign_data()["sweep"] | {"seeds": [1, 2, 3, 4]}
-    if trouble == "check":
-        acted.passes = False
-        changes["coordinate_check"] = {"steps": 2}
-    if trouble == "gate":
-        changes["gate"] = {"widest_interval": 0.001}
-    if trouble == "target":
-        config = target_data(parameterization__name="sp")
-    code, lines = run(write_campaign(tmp_path, config, **changes))
-    assert code in (1, 75)
-    assert f"the target in {target} held for what was before; removed" in lines
-    assert list(target.iterdir()) == []
-    assert not (tmp_path / "out/stages/target.json").exists()
-    assert not (tmp_path / "out/stages/gate.json").exists()
-    # What was before comes back.
-    acted.code, acted.passes = 0, True
-    assert run(write_campaign(tmp_path))[0] == 0
-    assert (target / "config.yaml").exists()
-
-
-def test_other_losses_in_the_table_remove_the_target_before_the_gate(
-    tmp_path: Path, acted: Acted
-) -> None:
-    config, table = write_campaign(tmp_path), tmp_path / "out/sweep/runs.csv"
-    run(config)
-    append_row(table, replace(read_rows(table)[0], validation_loss=3.0))
-    assert run(config, Stage.FIT)[0] == 0
-    assert acted.calls == ["check", "sweep", "report", "report"]
-    assert not (tmp_path / "out/target/config.yaml").exists()
-
-
 def test_ctrl_c_in_any_stage_ends_with_the_code_of_a_stop(
     tmp_path: Path, acted: Acted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -199,6 +70,23 @@ def test_ctrl_c_in_any_stage_ends_with_the_code_of_a_stop(
     assert acted.calls == ["check", "sweep", "report"]
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_batch_systems_signal_outside_the_sweep_is_a_request_to_stop(
+    tmp_path: Path, acted: Acted, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    def told(*_arguments: object, **_options: object) -> None:
+        signal.raise_signal(number)
+
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        monkeypatch.setattr("megatron_mup.transfer.report.build.make_report", told)
+        code, lines = run(write_campaign(tmp_path))
+        assert (code, lines[-1]) == (75, "interrupted; the same command goes on from here")
+        assert signal.getsignal(number) is signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
+
+
 def test_a_second_campaign_in_a_folder_is_refused(tmp_path: Path, acted: Acted) -> None:
     config, out = write_campaign(tmp_path), tmp_path / "out"
     with (
@@ -207,33 +95,6 @@ def test_a_second_campaign_in_a_folder_is_refused(tmp_path: Path, acted: Acted) 
     ):
         run(config)
     assert (acted.calls, acted.asked) == ([], 0)
-
-
-def test_a_change_runs_again_what_depends_on_it(tmp_path: Path, acted: Acted) -> None:
-    run(write_campaign(tmp_path))
-    acted.calls.clear()
-    # The gate's rules and the target touch no run.
-    assert run(write_campaign(tmp_path, gate={"widest_interval": 0.9}))[0] == 0
-    assert acted.calls == []
-    wider = target_data(model__hidden_size=1024, model__num_attention_heads=64)
-    assert run(write_campaign(tmp_path, wider))[0] == 0
-    assert acted.calls == ["report"]
-    record = json.loads((tmp_path / "out/target/prediction.json").read_text())
-    assert record["provenance"]["target_hidden_size"] == 1024
-    acted.calls.clear()
-    assert run(write_campaign(tmp_path, coordinate_check={"steps": 2}))[0] == 0
-    assert acted.calls == ["check", "report"]
-
-
-def test_rates_that_are_added_run_but_the_check_does_not(tmp_path: Path, acted: Acted) -> None:
-    path = write_campaign(tmp_path)
-    run(path)
-    acted.calls.clear()
-    data = yaml.safe_load(path.read_text())
-    data["sweep"]["learning_rate"] = {"log2": [-10, -9, -8, -7, -6, -5, -4, -3]}
-    path.write_text(yaml.safe_dump(data))
-    assert run(path)[0] == 0
-    assert acted.calls == ["sweep", "report"]
 
 
 def test_a_failed_check_stops_before_the_sweep(tmp_path: Path, acted: Acted) -> None:

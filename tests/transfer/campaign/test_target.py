@@ -11,6 +11,7 @@ import yaml
 from megatron_mup.config_io import load_config
 from megatron_mup.errors import ConfigError
 from megatron_mup.launching.learning_rate import read_learning_rate, rule_warnings
+from megatron_mup.transfer.campaign import target
 from megatron_mup.transfer.campaign.target import (
     TargetFiles,
     interval_words,
@@ -18,7 +19,7 @@ from megatron_mup.transfer.campaign.target import (
     prediction_record,
     write_target,
 )
-from tests.transfer.campaign.campaigns import TARGET, campaign_of
+from tests.transfer.campaign.campaigns import TARGET, campaign_of, target_data
 from tests.transfer.campaign.test_gate import fit_of
 
 
@@ -70,6 +71,7 @@ def test_the_prediction_keeps_its_interval_and_its_proxies(files: TargetFiles) -
     assert origin["proxies"][1] == {
         "hidden_size": 64,
         "log2_lr": -6.0,
+        "level": 0.9,
         "log2_low": -6.1,
         "log2_high": -5.9,
     }
@@ -103,6 +105,28 @@ def test_a_target_that_cannot_be_trained_at_the_rate_is_not_written(tmp_path: Pa
     assert not files.config.exists()
 
 
+def test_what_was_accepted_stands_in_both_files(tmp_path: Path) -> None:
+    files = TargetFiles.below(tmp_path)
+    campaign = campaign_of(tmp_path, gate={"accept": ["batch", "tokens"]})
+    fit = fit_of(value=-6.5, low=-6.75, high=-6.25)
+    record = prediction_record(campaign, fit, table=Path("runs.csv"), warnings=[])
+    write_target(files, campaign, proxy=campaign.proxies(tmp_path)[0].run, record=record)
+    provenance = json.loads(files.prediction.read_text())["provenance"]
+    assert provenance["accepted"] == ["tokens", "batch"]
+    assert "# Accepted by gate.accept: tokens, batch." in files.config.read_text().splitlines()
+
+
+def test_the_configuration_is_written_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[str] = []
+    monkeypatch.setattr(target, "publish_text", lambda path, _text: written.append(path.name))
+    campaign = campaign_of(tmp_path)
+    fit = fit_of(value=-6.5, low=-6.75, high=-6.25)
+    record = prediction_record(campaign, fit, table=Path("runs.csv"), warnings=[])
+    proxy = campaign.proxies(tmp_path)[0].run
+    write_target(TargetFiles.below(tmp_path), campaign, proxy=proxy, record=record)
+    assert written == ["prediction.json", "config.yaml"]
+
+
 def test_both_files_are_removed_together(files: TargetFiles) -> None:
     assert files.remove()
     assert not files.config.exists()
@@ -115,9 +139,13 @@ def test_the_command_is_the_launch_script_or_train(tmp_path: Path) -> None:
     assert launch_line(files, campaign_of(tmp_path)) == (
         "megatron-mup train --config 'my out/target/config.yaml'"
     )
+    split = target_data(parallel__tensor_model_parallel_size=2)
+    assert launch_line(files, campaign_of(tmp_path, split)) == (
+        "torchrun --nproc-per-node 2 -m megatron_mup train --config 'my out/target/config.yaml'"
+    )
     (tmp_path / "mup_10b.sh").touch()
-    target = {"config": "target.yaml", "launch": "mup_10b.sh"}
-    assert launch_line(files, campaign_of(tmp_path, target=target)) == (
+    options = {"config": "target.yaml", "launch": "mup_10b.sh"}
+    assert launch_line(files, campaign_of(tmp_path, target=options)) == (
         f"LR_FROM='my out/target/prediction.json' bash {tmp_path}/mup_10b.sh"
     )
 
