@@ -18,7 +18,6 @@ from megatron_mup.transfer.fits import (
 )
 from megatron_mup.transfer.report.study import curves_of
 from megatron_mup.transfer.runs import Row, Status
-from megatron_mup.transfer.sweep.cells import Cell, with_rate_and_seed
 
 VERDICT_LEVEL = 0.9
 """Of the minima's intervals and of those that the verdict reads: the level at which its coverage
@@ -57,23 +56,6 @@ class Fit:
     runs: int
     without_curve: tuple[float, ...] = ()
     neighbours: Mapping[float, Neighbour] = field(default_factory=dict)
-
-
-def own_rows(rows: Sequence[Row], cells: Sequence[Cell]) -> list[Row]:
-    """Rows of the arm's runs, those that a refinement added included.
-
-    Args:
-        rows: of the sweep's table; it may hold rows of an earlier YAML.
-        cells: the arm's.
-    """
-    curves = {cell.size: cell for cell in cells}
-    return [row for row in rows if row.size in curves and _is_of(row, curves[row.size])]
-
-
-def _is_of(row: Row, cell: Cell) -> bool:
-    if row.arm != cell.arm:
-        return False
-    return with_rate_and_seed(cell, log2_lr=row.log2_lr, seed=row.seed).id == row.cell
 
 
 def on_shards(rows: Sequence[Row], data_sha256: str) -> list[Row]:

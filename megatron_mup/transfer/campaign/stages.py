@@ -26,7 +26,6 @@ from megatron_mup.transfer.campaign.fit import (
     Fit,
     fit_proxies,
     on_shards,
-    own_rows,
 )
 from megatron_mup.transfer.campaign.gate import Stop, stops_after_fit, stops_before_runs
 from megatron_mup.transfer.campaign.interruption import as_ctrl_c
@@ -45,6 +44,7 @@ from megatron_mup.transfer.runs import Row
 from megatron_mup.transfer.sweep.base import portable_document
 from megatron_mup.transfer.sweep.folder import SweepFolder
 from megatron_mup.transfer.sweep.folder_lock import LOCK, held
+from megatron_mup.transfer.sweep.own_rows import own_rows
 from megatron_mup.transfer.sweep.pool import Share
 from megatron_mup.transfer.sweep.results import data_digest
 from megatron_mup.transfer.sweep.session import RunRequest, check_text, run_sweep
