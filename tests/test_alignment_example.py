@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import importlib.util
 import json
 import math
@@ -106,3 +107,22 @@ def test_widths_without_an_exponent_are_refused(
     monkeypatch.setattr("sys.argv", ["measure.py", "--widths", *widths])
     with pytest.raises(SystemExit):
         script.main()
+
+
+def test_the_readme_quotes_the_kept_table(script: ModuleType) -> None:
+    folder = _SCRIPT.parent
+    with (folder / "dynamics.csv").open(encoding="utf-8") as file:
+        table = [
+            {key: text if key == "mode" else float(text) for key, text in row.items()}
+            for row in csv.DictReader(file)
+        ]
+    readme = (folder / "README.md").read_text("utf-8")
+    for mode in script.MODES:
+        for quantity, words in zip(
+            script.QUANTITIES, ("alignment ratio", "relative change"), strict=True
+        ):
+            slopes = (
+                f"{script.slope(table, mode, quantity.value, step):+.2f}"
+                for step in (10, 50, 250, 500)
+            )
+            assert f"| {mode} | {words} | {' | '.join(slopes)} |" in readme

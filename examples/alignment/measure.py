@@ -165,12 +165,12 @@ def main():
         writer.writerows(table)
     temporary.replace(given.out / "dynamics.csv")
     draw(table, given.widths, given.modes, given.out / "dynamics.png")
-    last = max(row["iteration"] for row in table)
-    first = min(row["iteration"] for row in table)
+    steps = sorted({row["iteration"] for row in table})
+    shown = dict.fromkeys((steps[0], steps[len(steps) // 2 - 1], steps[-1]))
     lines = ["exponent in the width at steps:"]
     for mode in given.modes:
         for quantity in QUANTITIES:
-            at = {step: slope(table, mode, quantity.value, step) for step in (first, last)}
+            at = {step: slope(table, mode, quantity.value, step) for step in shown}
             words = ", ".join(f"{step}: {value:+.2f}" for step, value in at.items())
             lines.append(f"  {mode:17} {quantity.value:31} {words}")
     lines.append(f"{given.out / 'dynamics.csv'}, {given.out / 'dynamics.png'}")
