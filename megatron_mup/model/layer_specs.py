@@ -127,7 +127,8 @@ def widened_on_cpu(tensor: Tensor) -> Tensor:
     torch (2.11.0) takes two to eight times as long for the backward pass of bf16 scores on CPUs as
     for fp32 ones, which was half of a small bf16 model's step.
     """
-    return tensor.float() if tensor.device.type == "cpu" else tensor
+    narrow = tensor.device.type == "cpu" and tensor.dtype == torch.bfloat16
+    return tensor.float() if narrow else tensor
 
 
 def scaled_bias_dropout_add(multiplier: float) -> Callable[[bool, bool], BiasDropoutAdd]:

@@ -19,6 +19,7 @@ REQUESTS = {
     "mup_proxy.sh": (("512",), 1, 128),
     "mup_tiny.sh": ((), 2, 4),
     "lr_sweep.sh": (("launch/mup_proxy.sh", "512"), 1, 1),
+    "sweep.sh": (("sweep.yaml", "runs/widths"), 1, 4),
     "preprocess.sh": (("--input", "a", "--tokenizer-model", "m", "--output-prefix", "x"), 1, 8),
 }
 """By script: arguments, nodes, processors; a node that is taken as a whole has 128."""
@@ -62,7 +63,9 @@ def test_a_request_beyond_sixteen_such_nodes_is_refused(site, script, option):
     assert judged(site, script, option).returncode == 1
 
 
-@pytest.mark.parametrize("script", sorted({*REQUESTS} - {"lr_sweep.sh", "preprocess.sh"}))
+@pytest.mark.parametrize(
+    "script", sorted({*REQUESTS} - {"lr_sweep.sh", "preprocess.sh", "sweep.sh"})
+)
 def test_a_training_run_asks_to_be_signalled_and_requeued_and_keeps_its_log(site, script):
     answer = judged(site, script, "--verbose")
 

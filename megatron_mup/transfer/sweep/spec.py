@@ -18,7 +18,7 @@ from megatron_mup.transfer.sweep.reading import Part, read_yaml
 
 DEFAULT_CORPUS_BYTES = 6_000_000
 
-_LARGEST_LOG2 = 64
+_LARGEST_LOG2 = 100
 """Beyond it is no learning rate, and soon no number."""
 
 _INTERVAL_OCTAVES, _MAX_ROUNDS, _WIDEST = 0.5, 3, (-14.0, 2.0)

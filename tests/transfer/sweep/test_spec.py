@@ -104,8 +104,8 @@ def test_what_is_left_out_has_defaults() -> None:
         ({"learning_rate": {"log2": [-5], "step": 1}}, r"given together with log2_min"),
         ({"learning_rate": {"log2": [-5, 2000]}}, r"log2 gives the learning rate 2\^2000; give"),
         (
-            {"learning_rate": {"log2_min": -65, "log2_max": -3, "step": 1}},
-            r"log2_min gives the learning rate 2\^-65; give log2 of learning rates, from -64 to 64",
+            {"learning_rate": {"log2_min": -101, "log2_max": -3, "step": 1}},
+            r"log2_min gives the learning rate 2\^-101; give log2 .* from -100 to 100",
         ),
         (
             {"learning_rate": {"log2_min": -5, "log2_max": -3, "step": 0.75}},
