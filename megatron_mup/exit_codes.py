@@ -9,6 +9,9 @@ from __future__ import annotations
 FINISHED = 0
 """All iterations are done, or there were none left."""
 
+INCOMPLETE = 1
+"""Runs of a sweep failed, or a campaign's stage says stop; what was printed says why."""
+
 USER_ERROR = 2
 """An option, a file or a checkpoint has to be mended first; the message says how."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import json
 import math
 import subprocess
@@ -12,17 +11,14 @@ from types import ModuleType
 
 import pytest
 
+from tests.loaded_script import load_script
+
 _SCRIPT = Path(__file__).parents[1] / "examples" / "alignment" / "measure.py"
 
 
 @pytest.fixture
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("alignment_measure", _SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(_SCRIPT)
 
 
 def dynamics(width: int) -> str:

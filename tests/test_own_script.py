@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import os
@@ -20,6 +19,7 @@ from megatron_mup.training.state import build_state
 from megatron_mup.training.step import train_step
 from tests.configurations import tiny
 from tests.distributed.spawn import ROOT
+from tests.loaded_script import load_script
 
 _SCRIPT = ROOT / "examples" / "own_script" / "train.py"
 _TOLERANCE = 1e-6
@@ -28,12 +28,7 @@ _TOLERANCE = 1e-6
 @cache
 def script() -> Any:
     """The example as a module."""
-    spec = importlib.util.spec_from_file_location("own_script_train", _SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(_SCRIPT)
 
 
 def the_same_run(name: str) -> RunConfig:

@@ -1,5 +1,4 @@
 import ast
-import importlib.util
 import itertools
 import re
 from pathlib import Path
@@ -7,6 +6,7 @@ from types import ModuleType
 
 import pytest
 
+from tests.loaded_script import load_script
 from tests.partial_packages import installed
 
 ROOT = Path(__file__).parents[1]
@@ -36,12 +36,7 @@ DIRECT = [
 
 @pytest.fixture(scope="module")
 def setup_py() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("project_setup", ROOT / "setup.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(ROOT / "setup.py")
 
 
 @pytest.fixture

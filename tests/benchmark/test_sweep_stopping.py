@@ -12,7 +12,7 @@ from megatron_mup.errors import DataError
 from megatron_mup.transfer.runs import Status, append_row
 from megatron_mup.transfer.sweep.curves import write_curve
 from megatron_mup.transfer.sweep.folder import SweepFolder
-from tests.transfer.sweep.sweeps import cells_of, sweep_of
+from tests.transfer.sweep.sweeps import cells_of, row_of, sweep_of
 from tests.transfer.test_runs import ROW
 
 
@@ -47,17 +47,7 @@ def test_a_folder_gives_a_line_for_each_size(
     append_row(folder.table, replace(ROW, cell="other", size=32.0, log2_lr=-20.0))
     for cell in cells_of(**changes):
         loss = 3 + 0.2 * (cell.log2_lr + 6) ** 2
-        row = replace(
-            ROW,
-            cell=cell.id,
-            arm=cell.arm,
-            size=cell.size,
-            log2_lr=cell.log2_lr,
-            settings={},
-            validation_loss=loss,
-            planned_steps=100,
-        )
-        append_row(folder.table, row)
+        append_row(folder.table, row_of(cell, loss, planned_steps=100))
         write_curve(folder.curve(cell.id), flat(loss))
     replay_and_report(tmp_path, 0.5, [1.0, 50.0], 2.0)
     lines = capsys.readouterr().out.splitlines()

@@ -8,8 +8,7 @@ from typing import Annotated
 import typer
 
 from megatron_mup.errors import ConfigError
-
-_STAGES = ("coordinate_check", "sweep", "fit", "gate", "target")
+from megatron_mup.transfer.campaign.stage import Stage
 
 
 def campaign_command(
@@ -29,13 +28,13 @@ def campaign_command(
     ] = None,
     gpu_share: Annotated[int, typer.Option("--gpu-share", help="Runs that share a GPU.")] = 1,
     until: Annotated[
-        str, typer.Option("--until", help=f"Last stage: {', '.join(_STAGES)}.")
+        str, typer.Option("--until", help=f"Last stage: {', '.join(Stage)}.")
     ] = "target",
 ) -> None:
     """Tune small, predict large; ends with 1 where a stage says stop, 75 if interrupted."""
-    if until not in _STAGES:
-        raise ConfigError(f"--until is '{until}'; use one of {', '.join(_STAGES)}")
-    from megatron_mup.transfer.campaign.stages import CampaignRequest, Stage, run_campaign
+    if until not in list(Stage):
+        raise ConfigError(f"--until is '{until}'; use one of {', '.join(Stage)}")
+    from megatron_mup.transfer.campaign.stages import CampaignRequest, run_campaign
     from megatron_mup.transfer.sweep.pool import share_of_machine
 
     request = CampaignRequest(

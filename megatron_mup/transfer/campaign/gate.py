@@ -12,7 +12,7 @@ from megatron_mup.config import RunConfig
 from megatron_mup.transfer.campaign.fit import Fit, Neighbour
 from megatron_mup.transfer.campaign.likeness import differences, extrapolations
 from megatron_mup.transfer.campaign.spec import GateRules
-from megatron_mup.transfer.fits import Estimate, Minimum
+from megatron_mup.transfer.fits import Minimum
 from megatron_mup.transfer.sweep.spec import TokenBudget
 
 _FEW_SIZES = 3
@@ -232,7 +232,7 @@ def _too_wide(fit: Fit, rules: GateRules) -> list[Stop]:
                 next_step="see the other reasons",
             )
         ]
-    octaves = width_of(prediction)
+    octaves = prediction.width
     if octaves is not None and octaves <= rules.widest_interval:
         return []
     if octaves is None:
@@ -256,10 +256,3 @@ def _narrower(fit: Fit) -> str:
         f"a further width, such as {2 * known[-1]:g} or one between: a line through {len(known)} "
         "points has little to tell its scatter from; then more seeds around the minima"
     )
-
-
-def width_of(estimate: Estimate) -> float | None:
-    """Octaves between the ends of an interval; None where one is missing."""
-    if estimate.low is None or estimate.high is None:
-        return None
-    return estimate.high - estimate.low

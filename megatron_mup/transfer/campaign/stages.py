@@ -6,11 +6,8 @@ sweep and the coordinate check are run by their own packages.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +29,7 @@ from megatron_mup.transfer.campaign.interruption import as_ctrl_c
 from megatron_mup.transfer.campaign.likeness import warnings
 from megatron_mup.transfer.campaign.records import Records, digest
 from megatron_mup.transfer.campaign.spec import Campaign, load_campaign
+from megatron_mup.transfer.campaign.stage import Stage
 from megatron_mup.transfer.campaign.target import (
     TargetFiles,
     interval_words,
@@ -49,20 +47,7 @@ from megatron_mup.transfer.sweep.pool import Share
 from megatron_mup.transfer.sweep.results import data_digest
 from megatron_mup.transfer.sweep.session import RunRequest, check_text, run_sweep
 
-STOPPED = 1
-"""Exit code where the check failed, runs failed, or the gate stopped."""
-
 Print = Callable[[str], None]
-
-
-class Stage(StrEnum):
-    """In order."""
-
-    COORDINATE_CHECK = "coordinate_check"
-    SWEEP = "sweep"
-    FIT = "fit"
-    GATE = "gate"
-    TARGET = "target"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,7 +200,7 @@ class _Runner:
                 "Mend the arm's parameterization, or, if the widths are too few or too small to "
                 "tell, set coordinate_check.widths"
             )
-            return STOPPED
+            return exit_codes.INCOMPLETE
         self._records.write(Stage.COORDINATE_CHECK, inputs, {"passed": True, "folder": str(folder)})
         return 0
 
@@ -334,7 +319,7 @@ class _Runner:
         for stop in stops:
             self._echo(f"  - {stop.why}")
             self._echo(f"    next: {stop.next_step}")
-        return STOPPED
+        return exit_codes.INCOMPLETE
 
     def target(self) -> int:
         """Configuration and prediction of the target, and how to start it."""
@@ -383,4 +368,4 @@ def _rows_digest(rows: Sequence[Row]) -> str:
         [row.cell, row.size, row.log2_lr, row.seed, row.status.value, repr(row.validation_loss)]
         for row in rows
     )
-    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+    return digest(values)

@@ -20,7 +20,7 @@ from megatron_mup.data.publication import publish_text
 from megatron_mup.revision import revision
 from megatron_mup.transfer.campaign.fit import VERDICT_LEVEL, Fit
 from megatron_mup.transfer.campaign.spec import Campaign, with_lr
-from megatron_mup.transfer.campaign.target_data import SHARDS
+from megatron_mup.transfer.campaign.target_data import shards_for
 from megatron_mup.transfer.fits import Estimate, Minimum
 
 
@@ -71,18 +71,12 @@ def write_target(
         ConfigError: the target cannot be trained at this learning rate.
     """
     sections = with_lr(campaign.target_sections, record["lr"])
-    data = sections.setdefault("data", {})
-    if not any(data.get(name) for name in SHARDS):
-        data |= {name: value for name in SHARDS if (value := _shards(proxy, name))}
+    sections.setdefault("data", {}).update(shards_for(campaign.target, proxy))
     config_from_dict(sections, origin=str(campaign.target_config))
     files.config.parent.mkdir(parents=True, exist_ok=True)
     header = "".join(f"# {line}\n" for line in _header(campaign, record))
     publish_text(files.prediction, json.dumps(record, indent=1) + "\n")
     publish_text(files.config, header + yaml.safe_dump(sections, sort_keys=False))
-
-
-def _shards(proxy: RunConfig, name: str) -> Any:
-    return config_to_dict(proxy)["data"][name]
 
 
 def prediction_record(

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from megatron_mup.config import RunConfig
 from megatron_mup.config_io import config_from_dict, config_to_dict
 from megatron_mup.errors import ConfigError
 from megatron_mup.transfer.sweep.spec import TextOptions
 
-SHARDS = ("train_data_path", "valid_data_path", "per_split_data_args_path")
+_SHARDS = ("train_data_path", "valid_data_path", "per_split_data_args_path")
 """Options of ``data`` that name shards."""
 
 
-def names_shards(target: RunConfig) -> bool:
-    """Whether the target has training data of its own; otherwise it is given the proxies'."""
-    return any(getattr(target.data, name) for name in SHARDS)
+def shards_for(target: RunConfig, proxy: RunConfig) -> dict[str, Any]:
+    """Options of ``data`` that a target is given: the proxies' shards, unless it names its own.
+
+    Args:
+        target: the run that takes the learning rate.
+        proxy: any run of the sweep.
+    """
+    if any(getattr(target.data, name) for name in _SHARDS):
+        return {}
+    data = config_to_dict(proxy)["data"]
+    return {name: data[name] for name in _SHARDS if data[name]}
 
 
 def check_target_data(target: RunConfig, proxy: RunConfig, text: TextOptions | None) -> None:
@@ -31,14 +41,9 @@ def check_target_data(target: RunConfig, proxy: RunConfig, text: TextOptions | N
     # Imports torch, which a refused YAML need not wait for.
     from megatron_mup.data.checks import check_epochs, check_training_data
 
-    if names_shards(target):
-        run = target
-    elif text is None:
-        sections = config_to_dict(target)
-        sections["data"] |= {name: config_to_dict(proxy)["data"][name] for name in SHARDS}
-        run = config_from_dict(sections, origin="target")
-    else:
-        # Those shards are not made yet.
+    shards = shards_for(target, proxy)
+    if shards and text is not None:
+        # They are not made yet.
         if text.vocab_size > target.model.vocab_size:
             raise ConfigError(
                 f"the target's model.vocab_size {target.model.vocab_size} is below the sweep's "
@@ -46,6 +51,9 @@ def check_target_data(target: RunConfig, proxy: RunConfig, text: TextOptions | N
                 "or name shards in the target's data section"
             )
         return
+    sections = config_to_dict(target)
+    sections["data"] |= shards
+    run = config_from_dict(sections, origin="target")
     check_training_data(run)
     check_epochs(run, _samples(run))
 

@@ -48,6 +48,13 @@ class Estimate:
     error: float | None = None
     df: float | None = None
 
+    @property
+    def width(self) -> float | None:
+        """Length of the interval, in the units of the value; None where an end is missing."""
+        if self.low is None or self.high is None:
+            return None
+        return self.high - self.low
+
 
 @dataclass(frozen=True, kw_only=True)
 class Minimum:

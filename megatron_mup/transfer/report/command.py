@@ -169,7 +169,7 @@ def rows_of_sweep(source: Path, rows: Sequence[Row]) -> tuple[list[Row], list[st
     from megatron_mup.transfer.sweep.own_rows import on_last_data, own_rows
 
     folder = SweepFolder(source)
-    if not (source / "sweep.yaml").exists():
+    if not folder.sweep_yaml.exists():
         return list(rows), []
     try:
         cells = make_cells(folder.read_sweep(), folder.data)
@@ -179,8 +179,8 @@ def rows_of_sweep(source: Path, rows: Sequence[Row]) -> tuple[list[Row], list[st
     own = own_rows(rows, cells)
     if rows and not own:
         raise DataError(
-            f"none of the {len(rows)} rows of '{folder.table}' is of a run that '{source}/"
-            "sweep.yaml' asks for; run the sweep, or give the table itself to report on all rows"
+            f"none of the {len(rows)} rows of '{folder.table}' is of a run that the folder's "
+            "sweep.yaml asks for; run the sweep, or give the table itself to report on all rows"
         )
     last = on_last_data(own)
     left_out = {

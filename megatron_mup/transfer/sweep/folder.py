@@ -133,7 +133,8 @@ class SweepFolder:
         return self.path / "configs" / f"{cell_id}.json"
 
     @property
-    def _yaml(self) -> Path:
+    def sweep_yaml(self) -> Path:
+        """What was run last."""
         return self.path / "sweep.yaml"
 
     @property
@@ -181,7 +182,7 @@ class SweepFolder:
         """Keep what is run."""
         for folder in (self.workers, *(self.path / name for name in _OF_CELLS)):
             folder.mkdir(parents=True, exist_ok=True)
-        publish_text(self._yaml, yaml.safe_dump(portable_document(sweep), sort_keys=False))
+        publish_text(self.sweep_yaml, yaml.safe_dump(portable_document(sweep), sort_keys=False))
 
     def read_sweep(self) -> Sweep:
         """What was run last.
@@ -189,12 +190,12 @@ class SweepFolder:
         Raises:
             ConfigError: this is no sweep's folder.
         """
-        if not self._yaml.is_file():
+        if not self.sweep_yaml.is_file():
             raise ConfigError(
                 f"'{self.path}' holds no sweep.yaml; give the --out folder of 'megatron-mup sweep "
                 "run'"
             )
-        return load_sweep(self._yaml)
+        return load_sweep(self.sweep_yaml)
 
     def write_config(self, cell: Cell) -> None:
         """Keep what a cell's name is made of."""

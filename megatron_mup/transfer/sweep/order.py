@@ -12,6 +12,7 @@ from typing import Protocol
 
 from megatron_mup.transfer.runs import Row, Status
 from megatron_mup.transfer.sweep.cells import Cell
+from megatron_mup.transfer.sweep.spec import Sweep
 
 
 class Strategy(Protocol):
@@ -102,3 +103,23 @@ class SeedsNearMinimum:
         # A grid's steps may be no binary fractions.
         reach = self._within + 1e-9
         return best - reach, best + reach
+
+
+def in_starting_order(sweep: Sweep, cells: Sequence[Cell]) -> Sequence[Cell]:
+    """The grid's cells as they should start, those of equal cost in this order.
+
+    Args:
+        sweep: as asked for; only early stopping has a reason to change the order.
+        cells: of the whole grid, as in the YAML.
+    """
+    return cells if sweep.stop_early is None else middle_first(cells)
+
+
+def grid_of(sweep: Sweep, cells: Sequence[Cell]) -> SeedsNearMinimum:
+    """What decides which cells of the grid run; what refinement adds is not in it.
+
+    Args:
+        sweep: as asked for.
+        cells: of the whole grid, as in the YAML.
+    """
+    return SeedsNearMinimum(in_starting_order(sweep, cells), sweep.seeds_within_octaves)

@@ -18,7 +18,7 @@ from megatron_mup.data.publication import publish_text
 from megatron_mup.transfer.runs import Row, Status
 from megatron_mup.transfer.sweep.cells import Cell, with_rate_and_seed
 from megatron_mup.transfer.sweep.folder import SweepFolder
-from megatron_mup.transfer.sweep.order import SeedsNearMinimum, Strategy, ended, middle_first
+from megatron_mup.transfer.sweep.order import SeedsNearMinimum, Strategy, ended, grid_of
 from megatron_mup.transfer.sweep.refinement_rule import Choice, Tried, choose
 from megatron_mup.transfer.sweep.spec import Refine, Sweep
 
@@ -282,8 +282,7 @@ def strategy_of(sweep: Sweep, cells: Sequence[Cell]) -> SeedsNearMinimum | Refin
         sweep: as asked for.
         cells: all cells of its grid.
     """
-    ordered = cells if sweep.stop_early is None else middle_first(cells)
-    grid = SeedsNearMinimum(ordered, sweep.seeds_within_octaves)
+    grid = grid_of(sweep, cells)
     if sweep.refine is None:
         return grid
     return Refinement(cells, grid, refine=sweep.refine, seeds=sweep.seeds)

@@ -100,12 +100,12 @@ def choose(tried: Tried, refine: Refine) -> Choice:
         return _without_lowest(tried, refine)
     if minimum.edge is not None:
         return _at_edge(tried, refine)
-    words, width = interval_words(minimum.log2_lr), interval_width(minimum.log2_lr)
+    words, width = _optimum_words(minimum.log2_lr), minimum.log2_lr.width
     best = minimum.lowest[0]
     # An interval of a curve that misses its points says nothing, however narrow it is.
     trusted = minimum.misfit is None or minimum.narrowed
     enough = _fewest_seeds(tried, _near(tried, best)) >= FEWEST_SEEDS
-    if width <= refine.interval_octaves and trusted and enough:
+    if width is not None and width <= refine.interval_octaves and trusted and enough:
         return Choice(action="stop", reason=f"narrow enough: {words}")
     halves = [
         rate for rate in _half_steps(tried) if best in (_below(tried, rate), _above(tried, rate))
@@ -121,17 +121,10 @@ def choose(tried: Tried, refine: Refine) -> Choice:
     return _more_seeds(tried, refine, best=best)
 
 
-def interval_width(estimate: Estimate) -> float:
-    """Octaves between the ends of an interval; infinite where one is missing."""
-    if estimate.value is None or estimate.low is None or estimate.high is None:
-        return math.inf
-    return estimate.high - estimate.low
-
-
-def interval_words(estimate: Estimate) -> str:
+def _optimum_words(estimate: Estimate) -> str:
     """The optimum and its interval for a reader."""
-    width = interval_width(estimate)
-    if math.isfinite(width):
+    width = estimate.width
+    if estimate.value is not None and width is not None:
         return f"optimum 2^{estimate.value:.2f}, interval {width:.2f} octaves wide"
     return f"no interval of the optimum ({estimate.reason or 'unbounded'})"
 
@@ -231,11 +224,11 @@ def _fewest_seeds(tried: Tried, rates: Iterable[float]) -> int:
 def _more_seeds(tried: Tried, refine: Refine, *, best: float) -> Choice:
     """Further seeds near the lowest loss."""
     estimate = tried.minimum.log2_lr
-    words, width = interval_words(estimate), interval_width(estimate)
+    words, width = _optimum_words(estimate), estimate.width
     near = _near(tried, best)
     have = _fewest_seeds(tried, near)
     missing = SEEDS_A_ROUND
-    if math.isfinite(width):
+    if width is not None:
         # An interval narrows with the square root of the runs.
         needed = max(math.ceil(have * (width / refine.interval_octaves) ** 2), FEWEST_SEEDS)
         if needed > MOST_SEEDS and (estimate.df or 0.0) >= _ENOUGH_DF:

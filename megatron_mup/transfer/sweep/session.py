@@ -15,7 +15,7 @@ from megatron_mup.transfer.runs import Row, Status, write_parquet
 from megatron_mup.transfer.sweep.base import left_out_of_base
 from megatron_mup.transfer.sweep.cells import Cell, make_cells
 from megatron_mup.transfer.sweep.folder import SweepFolder
-from megatron_mup.transfer.sweep.order import SeedsNearMinimum, Strategy, ended, middle_first
+from megatron_mup.transfer.sweep.order import Strategy, ended, grid_of, in_starting_order
 from megatron_mup.transfer.sweep.pool import Share
 from megatron_mup.transfer.sweep.refinement import DecisionLog, added_cells, strategy_of
 from megatron_mup.transfer.sweep.results import origin_of
@@ -24,9 +24,6 @@ from megatron_mup.transfer.sweep.shards import make_shards
 from megatron_mup.transfer.sweep.spec import Sweep, load_sweep
 from megatron_mup.transfer.sweep.tasks import Everywhere, Task, lacking, merge_tables, share_of
 from megatron_mup.transfer.sweep.text_source import check_same_text
-
-SOME_FAILED = 1
-"""Exit code of a sweep that is through, but has failed cells."""
 
 _NAMED = 10
 """Runs that are named one by one before the rest is counted."""
@@ -133,12 +130,11 @@ def _run_locked(
 def _strategy(sweep: Sweep, cells: Sequence[Cell], folder: SweepFolder) -> Strategy:
     if folder.task is None:
         return strategy_of(sweep, cells)
-    ordered = cells if sweep.stop_early is None else middle_first(cells)
     if sweep.seeds_within_octaves is None:
         # A task sees no row of another that is made meanwhile, and needs none.
-        return Everywhere(ordered)
+        return Everywhere(in_starting_order(sweep, cells))
     # What refines asks for rows of all tasks; a command without --task does so afterwards.
-    return SeedsNearMinimum(ordered, sweep.seeds_within_octaves)
+    return grid_of(sweep, cells)
 
 
 def _chosen(cells: Sequence[Cell], request: RunRequest) -> frozenset[str] | None:
@@ -214,7 +210,7 @@ def merge_sweep(folder: SweepFolder, *, only: Sequence[str], echo: Print) -> int
     if len(left) > _NAMED:
         echo(f"  and {len(left) - _NAMED} more")
     echo("start the tasks again, or 'megatron-mup sweep run': what is done is not done again")
-    return SOME_FAILED
+    return exit_codes.INCOMPLETE
 
 
 def _refine_lines(
@@ -228,7 +224,7 @@ def _refine_lines(
     curves = len({cell.curve for cell in missing})
     return [
         f"refine: {curves} curves want {len(missing)} more runs: run 'megatron-mup sweep run "
-        f"{folder.path}/sweep.yaml --out {folder.path}'"
+        f"{folder.sweep_yaml} --out {folder.path}'"
     ]
 
 
@@ -242,7 +238,7 @@ def _end(ending: Ending, folder: SweepFolder, echo: Print) -> int:
         return exit_codes.STOPPED_SAVED
     if counts[Status.FAILED]:
         echo(f"failed runs are tried again by the same command; logs: {folder.workers}")
-        return SOME_FAILED
+        return exit_codes.INCOMPLETE
     return exit_codes.FINISHED
 
 

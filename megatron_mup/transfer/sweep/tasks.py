@@ -16,7 +16,7 @@ from megatron_mup.errors import ConfigError
 from megatron_mup.transfer.runs import Row, table_text, write_parquet
 from megatron_mup.transfer.sweep.cells import Cell
 from megatron_mup.transfer.sweep.folder import SweepFolder
-from megatron_mup.transfer.sweep.order import SeedsNearMinimum, ended
+from megatron_mup.transfer.sweep.order import ended, grid_of
 from megatron_mup.transfer.sweep.spec import Sweep
 
 
@@ -107,5 +107,5 @@ def lacking(sweep: Sweep, cells: Sequence[Cell], rows: Mapping[str, Row]) -> lis
         cells: all cells of its grid.
         rows: cell id -> row, of everything on record.
     """
-    wanted = SeedsNearMinimum(cells, sweep.seeds_within_octaves).wanted(rows)
+    wanted = grid_of(sweep, cells).wanted(rows)
     return [cell for cell in wanted if not ended(rows.get(cell.id))]

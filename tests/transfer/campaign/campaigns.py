@@ -12,33 +12,20 @@ import numpy as np
 import yaml
 
 from megatron_mup.transfer.campaign.spec import Campaign, load_campaign
-from megatron_mup.transfer.runs import Row, Status
+from megatron_mup.transfer.runs import Row
 from megatron_mup.transfer.sweep.cells import Cell
-from tests.transfer.report.sample_rows import a_row
-from tests.transfer.sweep.sweeps import sweep_data
+from tests.transfer.sweep.sweeps import SWEEP, row_of, sweep_data
 
 WIDTHS = [32, 64, 128]
 RATES = [-9, -8, -7, -6, -5, -4, -3]
 
 TARGET: dict[str, Any] = {
-    "model": {
-        "num_layers": 1,
-        "hidden_size": 512,
-        "num_attention_heads": 32,
-        "vocab_size": 96,
-        "make_vocab_size_divisible_by": 32,
-        "seq_length": 16,
-    },
-    "parameterization": {
-        "base_hidden_size": 32,
-        "base_ffn_hidden_size": 128,
-        "base_kv_channels": 16,
-        "base_num_layers": 1,
-    },
+    "model": {**SWEEP["base"]["model"], "hidden_size": 512, "num_attention_heads": 32},
+    "parameterization": SWEEP["base"]["parameterization"],
     # As the sweep: 600 tokens in batches of 4 x 16, a quarter of it warmup.
     "training": {"global_batch_size": 4, "micro_batch_size": 2, "train_iters": 10},
     "schedule": {"lr_warmup_iters": 2},
-    "data": {"train_data_path": ["shards/train"], "valid_data_path": ["shards/valid"]},
+    "data": SWEEP["base"]["data"],
 }
 
 
@@ -98,14 +85,6 @@ def rows_of(
     """
     random = np.random.default_rng(5)
     return [
-        a_row(
-            cell=cell.id,
-            arm=cell.arm,
-            size=cell.size,
-            log2_lr=cell.log2_lr,
-            seed=cell.seed,
-            status=Status.FINISHED,
-            validation_loss=loss(cell.size, cell.log2_lr) + float(random.normal(0, noise)),
-        )
+        row_of(cell, loss(cell.size, cell.log2_lr) + float(random.normal(0, noise)))
         for cell in cells
     ]

@@ -15,7 +15,6 @@ from megatron_mup.transfer.campaign.gate import (
     Stop,
     stops_after_fit,
     stops_before_runs,
-    width_of,
 )
 from megatron_mup.transfer.campaign.likeness import Kind
 from megatron_mup.transfer.campaign.spec import GateRules
@@ -291,8 +290,3 @@ def test_two_widths_and_another_rule_stop_before_runs(tmp_path: Path) -> None:
         "the target differs from the proxies in more than sizes, layout, precision and length: "
         "parameterization.name mup -> sp; schedule.min_lr_ratio 0.0 -> 0.1"
     )
-
-
-def test_an_interval_has_a_width_only_with_both_ends() -> None:
-    assert width_of(Estimate(value=1.0, low=0.5, high=2.0)) == 1.5
-    assert width_of(Estimate(value=1.0, low=0.5)) is None

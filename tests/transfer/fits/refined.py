@@ -5,18 +5,16 @@ The rule that adds runs looks at the intervals, so that coverage is measured wit
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from megatron_mup.transfer.fits import Minimum, fit_minima
 from megatron_mup.transfer.report.study import curves_of
-from megatron_mup.transfer.runs import Row, Status
-from megatron_mup.transfer.sweep.cells import Cell
+from megatron_mup.transfer.runs import Row
 from megatron_mup.transfer.sweep.refinement import decisions_of, strategy_of
-from tests.transfer.sweep.sweeps import cells_of, sweep_of
-from tests.transfer.test_runs import ROW
+from tests.transfer.sweep.sweeps import cells_of, row_of, sweep_of
 
 WIDTHS = (32, 64, 128)
 # Nats: curvature per octave^2, sd of one run, sd of a seed's level; octaves about the middle rate.
@@ -80,7 +78,7 @@ def measure_refined(design: dict[str, Any], replications: int, *, seed: int = 20
             for cell in missing:
                 level = levels.setdefault((cell.size, cell.seed), rng.normal(3.0, SEED_EFFECT))
                 loss = level + CURVATURE / 2 * (cell.log2_lr - optima[cell.size]) ** 2
-                rows[cell.id] = _row(cell, loss + rng.normal(0.0, NOISE))
+                rows[cell.id] = row_of(cell, float(loss + rng.normal(0.0, NOISE)))
         narrow = {
             decision.size
             for decision in decisions_of(strategy, rows)
@@ -91,19 +89,6 @@ def measure_refined(design: dict[str, Any], replications: int, *, seed: int = 20
         for minimum in fit_minima(curves_of(list(rows.values()))):
             _count(held, minimum, optima[minimum.size], narrow=minimum.size in narrow)
     return held
-
-
-def _row(cell: Cell, loss: float) -> Row:
-    return replace(
-        ROW,
-        cell=cell.id,
-        size=cell.size,
-        log2_lr=cell.log2_lr,
-        seed=cell.seed,
-        settings={},
-        status=Status.FINISHED,
-        validation_loss=float(loss),
-    )
 
 
 def _count(held: Held, minimum: Minimum, optimum: float, *, narrow: bool) -> None:

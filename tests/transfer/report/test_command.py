@@ -22,7 +22,7 @@ from megatron_mup.transfer.runs import Row, append_row, write_parquet
 from megatron_mup.transfer.sweep.cells import with_rate_and_seed
 from megatron_mup.transfer.sweep.folder import SweepFolder
 from tests.transfer.report.sample_rows import a_row, arm_rows
-from tests.transfer.sweep.sweeps import cells_of, sweep_of
+from tests.transfer.sweep.sweeps import cells_of, row_of, sweep_of
 
 
 @pytest.fixture(scope="module")
@@ -127,14 +127,7 @@ TWENTY = {**TEN, "tokens": {"rule": "fixed_tokens", "tokens": 1200}}
 def rows_of_cells(options, *, level: float = 3.0, **changes) -> list[Row]:
     """A finished run of each cell."""
     return [
-        a_row(
-            cell=cell.id,
-            arm=cell.arm,
-            size=cell.size,
-            log2_lr=cell.log2_lr,
-            validation_loss=level + 0.05 * (cell.log2_lr + 6) ** 2,
-            **changes,
-        )
+        row_of(cell, level + 0.05 * (cell.log2_lr + 6) ** 2, **changes)
         for cell in cells_of(**options)
     ]
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from megatron_mup.transfer.runs import Row, Status
 from megatron_mup.transfer.sweep.cells import Cell, make_cells
 from megatron_mup.transfer.sweep.spec import Sweep, sweep_from_dict
 from tests.data.written_shards import write_shard
+from tests.transfer.report.sample_rows import a_row
 
 SWEEP: dict[str, Any] = {
     "name": "tiny",
@@ -54,6 +57,27 @@ def sweep_of(**changes: Any) -> Sweep:
 
 def cells_of(**changes: Any) -> list[Cell]:
     return make_cells(sweep_of(**changes), Path("data"))
+
+
+def row_of(cell: Cell, loss: float = 3.0, **changes: Any) -> Row:
+    """Row of a cell that ended with this loss; it diverged where that is not finite.
+
+    Args:
+        cell: of a sweep.
+        loss: nats per token.
+        changes: columns with other values.
+    """
+    columns = {
+        "cell": cell.id,
+        "arm": cell.arm,
+        "size": cell.size,
+        "log2_lr": cell.log2_lr,
+        "seed": cell.seed,
+        "settings": cell.settings,
+        "status": Status.FINISHED if math.isfinite(loss) else Status.DIVERGED,
+        "validation_loss": loss,
+    }
+    return a_row(**columns | changes)
 
 
 def write_sweep(folder: Path, **changes: Any) -> Path:

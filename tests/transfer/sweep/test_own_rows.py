@@ -4,23 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from megatron_mup.transfer.runs import Row
-from megatron_mup.transfer.sweep.cells import Cell, with_rate_and_seed
+from megatron_mup.transfer.sweep.cells import with_rate_and_seed
 from megatron_mup.transfer.sweep.own_rows import on_last_data, own_rows
-from tests.transfer.sweep.sweeps import cells_of
+from tests.transfer.sweep.sweeps import cells_of, row_of
 from tests.transfer.test_runs import ROW
-
-
-def row_of(cell: Cell) -> Row:
-    return replace(
-        ROW,
-        cell=cell.id,
-        arm=cell.arm,
-        size=cell.size,
-        log2_lr=cell.log2_lr,
-        seed=cell.seed,
-        settings=cell.settings,
-    )
 
 
 def test_rows_of_another_length_are_not_of_the_sweep() -> None:

@@ -19,7 +19,7 @@ from megatron_mup.transfer.sweep.refinement import DecisionLog, Refinement, stra
 from megatron_mup.transfer.sweep.results import Origin
 from megatron_mup.transfer.sweep.runner import Ending, Limits, run_cells
 from megatron_mup.transfer.sweep.status_report import render_status, sweep_status
-from tests.transfer.sweep.sweeps import cells_of, sweep_of
+from tests.transfer.sweep.sweeps import cells_of, row_of, sweep_of
 from tests.transfer.test_runs import ROW
 
 ONE_WIDTH = {"axis": "width", "values": [32]}
@@ -32,19 +32,6 @@ def loss_of(cell: Cell, best: float, noise: float) -> float:
     """A parabola of curvature 0.1 nats an octave squared, and scatter."""
     at = round(7 * cell.log2_lr + 3 * cell.seed + cell.size) % len(NOISE)
     return 3.0 + 0.05 * (cell.log2_lr - best) ** 2 + noise * NOISE[at]
-
-
-def row_of(cell: Cell, loss: float) -> Row:
-    status = Status.FINISHED if math.isfinite(loss) else Status.DIVERGED
-    return replace(
-        ROW,
-        cell=cell.id,
-        size=cell.size,
-        log2_lr=cell.log2_lr,
-        seed=cell.seed,
-        status=status,
-        validation_loss=loss,
-    )
 
 
 def refinement(refine: dict[str, Any], **changes: Any) -> Refinement:

@@ -10,30 +10,16 @@ from pathlib import Path
 import pytest
 
 from megatron_mup.errors import ConfigError
-from megatron_mup.transfer.runs import Row, Status, append_row
+from megatron_mup.transfer.runs import append_row
 from megatron_mup.transfer.sweep.cell_yaml import cell_yaml
-from megatron_mup.transfer.sweep.cells import Cell
 from megatron_mup.transfer.sweep.folder import SweepFolder
 from megatron_mup.transfer.sweep.plan_report import plan_lines, render_plan
 from megatron_mup.transfer.sweep.progress import Rates, duration
 from megatron_mup.transfer.sweep.status_report import render_status, sweep_status
-from tests.transfer.sweep.sweeps import cells_of, sweep_of
+from tests.transfer.sweep.sweeps import cells_of, row_of, sweep_of
 from tests.transfer.test_runs import ROW
 
 _ARMS = {"mup": {}, "sp": {"parameterization.name": "sp"}}
-
-
-def finished(cell: Cell, seconds: float, loss: float = 3.0) -> Row:
-    return replace(
-        ROW,
-        cell=cell.id,
-        arm=cell.arm,
-        size=cell.size,
-        log2_lr=cell.log2_lr,
-        seed=cell.seed,
-        seconds=seconds,
-        validation_loss=loss,
-    )
 
 
 def test_the_plan_counts_parameters_steps_and_flops() -> None:
@@ -68,7 +54,9 @@ def test_the_plan_as_text_tells_cost_and_time() -> None:
     assert "whole cost: 8 to 16 runs, 1.21e+09 to 2.42e+09 model FLOPs" in text
     assert "time: not known before runs have finished" in text
     rows = {
-        cell.id: finished(cell, 100.0) for cell in cells if cell.words.startswith("mup width 64")
+        cell.id: row_of(cell, seconds=100.0)
+        for cell in cells
+        if cell.words.startswith("mup width 64")
     }
     known = render_plan(sweep, cells, rows)
     # Two of sp at width 64, 100 s each, and four at width 32 of 28.6 s are 314 s; so are the
@@ -80,14 +68,14 @@ def test_time_goes_by_the_nearest_cost() -> None:
     cells = cells_of(scale={"axis": "width", "values": [32, 64, 512]})
     by_size = {cell.size: cell for cell in cells}
     rows = {
-        by_size[32].id: finished(by_size[32], 4.0),
-        by_size[512].id: finished(by_size[512], 80.0),
+        by_size[32].id: row_of(by_size[32], seconds=4.0),
+        by_size[512].id: row_of(by_size[512], seconds=80.0),
     }
     rates = Rates(cells, rows)
     assert rates.seconds(by_size[512]) == 80.0
     assert rates.seconds(by_size[64]) == pytest.approx(4.0 * by_size[64].flops / by_size[32].flops)
     assert Rates(cells, {}).seconds(by_size[64]) is None
-    diverged = {by_size[32].id: replace(finished(by_size[32], 4.0), status=Status.DIVERGED)}
+    diverged = {by_size[32].id: row_of(by_size[32], math.nan, seconds=4.0)}
     assert Rates(cells, diverged).seconds(by_size[64]) is None
 
 
@@ -107,9 +95,9 @@ def folder(tmp_path: Path) -> SweepFolder:
     folder = SweepFolder(tmp_path)
     folder.write_sweep(sweep_of())
     first, second, third, *_ = (cell for cell in cells_of() if cell.seed == 1)
-    append_row(folder.table, finished(first, 2.0, loss=3.5))
-    append_row(folder.table, finished(second, 2.0, loss=3.25))
-    diverged = replace(finished(third, 2.0, loss=math.nan), status=Status.DIVERGED)
+    append_row(folder.table, row_of(first, 3.5, seconds=2.0))
+    append_row(folder.table, row_of(second, 3.25, seconds=2.0))
+    diverged = row_of(third, math.nan, seconds=2.0)
     append_row(folder.table, diverged)
     append_row(folder.table, replace(ROW, cell="other"))
     return folder
