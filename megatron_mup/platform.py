@@ -50,6 +50,21 @@ def bind_device(local_rank: int) -> None:
         torch.cuda.set_device(local_rank % torch.cuda.device_count())
 
 
+def slow_bf16() -> str | None:
+    """A warning where matrix products in bf16 take far longer than in fp32; None elsewhere.
+
+    On x86 torch 2.11 leaves them to oneDNN where there is AVX-512, and else to a plain loop.
+    """
+    found = torch.cpu.get_capabilities()
+    if has_cuda() or found.get("architecture") != "x86_64" or found.get("avx512_dq"):
+        return None
+    return (
+        f"precision.bf16 is slow on this CPU ({found.get('cpu_name', 'x86_64')}): without AVX-512, "
+        "torch takes about 50 times as long for matrix products in bf16 as in fp32; set "
+        "precision.bf16=false here"
+    )
+
+
 _DETERMINISTIC = {
     # cuBLAS: one workspace per stream (documented under torch.use_deterministic_algorithms).
     "CUBLAS_WORKSPACE_CONFIG": (":4096:8", ":16:8"),

@@ -40,3 +40,24 @@ def test_deterministic_mode_keeps_a_choice_that_is_deterministic_and_names_anoth
     assert caplog.messages == [
         "precision.deterministic_mode sets NVTE_ALLOW_NONDETERMINISTIC_ALGO=0; it was 1"
     ]
+
+
+@pytest.mark.parametrize(
+    ("found", "slow"),
+    [
+        ({"architecture": "x86_64", "avx512_dq": False, "cpu_name": "Old"}, True),
+        ({"architecture": "x86_64", "avx512_dq": True, "cpu_name": "New"}, False),
+        ({"architecture": "aarch64"}, False),
+    ],
+)
+def test_slow_bf16_is_told_of_x86_without_avx512(
+    found: dict[str, object], slow: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(platform, "has_cuda", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
+    text = platform.slow_bf16()
+    assert (text is not None) == slow
+    if text:
+        assert text.startswith("precision.bf16 is slow on this CPU (Old): without AVX-512")
+    monkeypatch.setattr(platform, "has_cuda", lambda: True)
+    assert platform.slow_bf16() is None

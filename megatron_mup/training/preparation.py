@@ -5,6 +5,7 @@ Checks that need neither processes nor a model come first, so that a wrong optio
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ from megatron_mup.training.batches import samples_after
 from megatron_mup.training.interval import Interval
 from megatron_mup.training.outputs import check_outputs
 from megatron_mup.training.processes import Launch, check_layout, is_log_rank
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,8 @@ def check_before_work(
         epochs = check_epochs(run, samples_after(run.training, run.planned_iters))
     # Last, because it makes the folders: a run that is refused leaves none behind.
     check_outputs(run)
+    if run.precision.bf16 and launch.rank == 0 and (slow := platform.slow_bf16()):
+        logger.warning(slow)
     return epochs
 
 

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from megatron_mup import platform
 from megatron_mup.errors import ConfigError, MupError
 from megatron_mup.training.loop import train
-from megatron_mup.training.preparation import data_text
+from megatron_mup.training.preparation import check_before_work, data_text
+from megatron_mup.training.processes import Launch
 from tests.configurations import tiny
 from tests.data.test_datasets import write_set
 
@@ -29,6 +31,17 @@ def test_a_run_on_a_set_warns_before_its_first_step(tmp_path: Path) -> None:
     (first,) = [number for number, line in enumerate(lines) if "iteration       1/6" in line]
     assert f"'{prefix}' 2 times" in lines[warned]
     assert warned < first
+
+
+def test_bf16_without_a_fast_kernel_is_warned_of(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(platform, "slow_bf16", lambda: "bf16 is slow")
+    for rank, precision, told in ((0, "true", 1), (1, "true", 0), (0, "false", 0)):
+        caplog.clear()
+        run = tiny(f"bf16={precision}")
+        check_before_work(run, Launch(rank=rank, world_size=1, local_rank=rank), with_shards=False)
+        assert caplog.messages == ["bf16 is slow"] * told
 
 
 @pytest.mark.parametrize(

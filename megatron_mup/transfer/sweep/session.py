@@ -301,8 +301,12 @@ def prepare_data(
     Raises:
         DataError: shards are missing, do not fit the model or are too short.
     """
-    # Imports torch, which a refused YAML need not wait for.
+    # Import torch, which a refused YAML need not wait for.
     from megatron_mup.data.checks import check_epochs, check_training_data
+    from megatron_mup.platform import slow_bf16
+
+    if any(cell.run.precision.bf16 for cell in cells) and (slow := slow_bf16()):
+        echo(f"warning: {slow}")
 
     if sweep.text is not None:
         if folder.task is not None and not folder.has_shards():

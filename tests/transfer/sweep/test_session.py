@@ -66,6 +66,20 @@ def test_too_few_held_out_tokens_are_refused_before_anything_runs(tmp_path: Path
             prepare_data(sweep, cells, folder=folder, text=(), echo=print)
 
 
+def test_bf16_without_a_fast_kernel_is_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megatron_mup.platform.slow_bf16", lambda: "bf16 is slow")
+    for arms, told in (
+        ({"a": {}}, []),
+        ({"a": {}, "b": {"bf16": True}}, ["warning: bf16 is slow"]),
+    ):
+        sweep = load_sweep(write_sweep(tmp_path, arms=arms))
+        cells, lines = make_cells(sweep, tmp_path), []
+        prepare_data(sweep, cells, folder=SweepFolder(tmp_path), text=(), echo=lines.append)
+        assert lines == told
+
+
 def test_missing_shards_are_refused_before_anything_runs(tmp_path: Path) -> None:
     config = write_sweep(tmp_path)
     (tmp_path / "shards" / "train.bin").unlink()
