@@ -301,13 +301,11 @@ def prepare_data(
     Raises:
         DataError: shards are missing, do not fit the model or are too short.
     """
-    # Import torch, which a refused YAML need not wait for.
-    from megatron_mup.data.checks import check_epochs, check_training_data
+    # Imports torch, which a refused YAML need not wait for.
     from megatron_mup.platform import slow_bf16
 
     if any(cell.run.precision.bf16 for cell in cells) and (slow := slow_bf16()):
         echo(f"warning: {slow}")
-
     if sweep.text is not None:
         if folder.task is not None and not folder.has_shards():
             raise DataError(
@@ -323,6 +321,13 @@ def prepare_data(
             valid_tokens=sweep.text.valid_tokens or _valid_positions(cells) + 1,
             echo=echo,
         )
+    _check_shards(cells)
+
+
+def _check_shards(cells: Sequence[Cell]) -> None:
+    """That the shards serve every cell; ``prepare_data`` says what is raised."""
+    from megatron_mup.data.checks import check_epochs, check_training_data
+
     for run in {cell.curve: cell.run for cell in cells}.values():
         check_training_data(run)
         training, seq_length = run.training, run.model.seq_length
