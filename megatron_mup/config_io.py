@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
@@ -156,6 +157,12 @@ def read_sections(path: Path) -> dict[str, Any]:
     return dict(data)
 
 
+@functools.cache
+def _schema() -> Any:
+    """Types and defaults of all options; made once, as it takes longer than all the rest."""
+    return OmegaConf.structured(RunConfig)
+
+
 def config_from_dict(
     data: dict[str, Any], overrides: Sequence[str] = (), *, origin: str = "configuration"
 ) -> RunConfig:
@@ -164,7 +171,7 @@ def config_from_dict(
     changes = _dotlist(overrides)
     # The structured schema brings the types; the sections' own checks run in to_object.
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.create(data), changes)
+        merged = OmegaConf.merge(_schema(), OmegaConf.create(data), changes)
         result = OmegaConf.to_object(merged)
     except MissingMandatoryValue as error:
         raise ConfigError(
@@ -184,14 +191,13 @@ def config_from_dict(
 
 def config_to_dict(config: RunConfig) -> dict[str, Any]:
     """Plain data (strings, numbers, lists) that ``config_from_dict`` reads back."""
-    container = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=False)
-    if not isinstance(container, dict):
-        raise TypeError("a run configuration is a mapping")
-    return {str(section): _plain(values) for section, values in container.items()}
+    return {section: _plain(values) for section, values in dataclasses.asdict(config).items()}
 
 
 def _plain(values: Any) -> Any:
     if isinstance(values, dict):
         return {str(key): _plain(value) for key, value in values.items()}
-    # OmegaConf keeps enum members; JSON and YAML need their values.
-    return values.value if hasattr(values, "value") else values
+    if isinstance(values, list | tuple):
+        return [_plain(value) for value in values]
+    # JSON and YAML need the values of enum members.
+    return values.value if isinstance(values, Enum) else values
