@@ -3,7 +3,8 @@
 Each contestant does one whole optimizer step: zeroing, forward, backward, clipping and AdamW. Stock
 Megatron-Core has the package's layer spec with multipliers of 1 and nothing else of it: GPTModel,
 DDP, schedule and optimizer are put together by hand from upstream's parts, with its standard group
-overrides. All three run in one process with the same threads and the same batches.
+overrides. All run in one process on the same batches, in the run's precision; plain PyTorch has no
+FP8 and computes FP8 runs in bf16.
 """
 
 from __future__ import annotations
@@ -23,17 +24,20 @@ from megatron.core.distributed import (
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
+from megatron_mup import platform
 from megatron_mup.benchmark.plain_gpt import PlainGPT
-from megatron_mup.config import RunConfig
+from megatron_mup.config import RunConfig, TransformerImpl
 from megatron_mup.config_io import config_from_dict
-from megatron_mup.model.gpt import transformer_config
+from megatron_mup.model.gpt import freeze_unused_gains, transformer_config
 from megatron_mup.model.layer_specs import block_spec
 from megatron_mup.optimizer.build import optimizer_config
 from megatron_mup.parameterization.evaluation import Multipliers
 from megatron_mup.training.batches import Batch
-from megatron_mup.training.state import build_state
+from megatron_mup.training.processes import when_left
+from megatron_mup.training.state import build_state, release_chunks
 from megatron_mup.training.step import train_step
 
 TrainStep = Callable[[Batch], float]
@@ -60,7 +64,7 @@ def benchmark_run(
                 "vocab_size": 512,
                 "seq_length": seq_length,
             },
-            "parameterization": _costly_parameterization(hidden_size // 4, num_layers),
+            "parameterization": costly_parameterization(hidden_size // 4, num_layers, head_dim=64),
             "optimizer": {"lr": 2.0**-8, "weight_decay": 0.1, "weight_decay_mode": "coupled"},
             # The schedule never ends: a contestant may take any number of steps.
             "schedule": {"lr_decay_style": "constant"},
@@ -74,11 +78,20 @@ def benchmark_run(
     )
 
 
-def _costly_parameterization(base_hidden_size: int, num_layers: int) -> dict[str, Any]:
+def costly_parameterization(
+    base_hidden_size: int, num_layers: int, *, head_dim: int
+) -> dict[str, Any]:
+    """Options of a muP in which every multiplier differs from 1.
+
+    Args:
+        base_hidden_size: P, a quarter of the model's M, with as many heads.
+        num_layers: depth of both.
+        head_dim: of the model; the base has a quarter.
+    """
     return {
         "base_hidden_size": base_hidden_size,
         "base_ffn_hidden_size": 4 * base_hidden_size,
-        "base_kv_channels": 16,
+        "base_kv_channels": head_dim // 4,
         "base_num_layers": num_layers,
         # Not folded, and not 1, on purpose: a multiplier of 1 adds no operation to be measured.
         "output_form": "multiplier",
@@ -88,20 +101,19 @@ def _costly_parameterization(base_hidden_size: int, num_layers: int) -> dict[str
 
 
 def random_batches(run: RunConfig, count: int, *, seed: int = 0) -> list[Batch]:
-    """Batches of uniform random tokens, int64 [B, S], with a full loss mask."""
+    """Batches of uniform random tokens, int64 [B, S], full loss mask, on this process's device."""
     rows, length = run.training.micro_batch_size, run.model.seq_length
     generator = torch.Generator().manual_seed(seed)
     batches = []
     for _ in range(count):
         tokens = torch.randint(run.model.vocab_size, (rows, length + 1), generator=generator)
-        batches.append(
-            {
-                "tokens": tokens[:, :-1].contiguous(),
-                "labels": tokens[:, 1:].contiguous(),
-                "loss_mask": torch.ones(rows, length),
-                "position_ids": torch.arange(length).expand(rows, -1),
-            }
-        )
+        batch = {
+            "tokens": tokens[:, :-1].contiguous(),
+            "labels": tokens[:, 1:].contiguous(),
+            "loss_mask": torch.ones(rows, length),
+            "position_ids": torch.arange(length).expand(rows, -1),
+        }
+        batches.append({name: value.to(platform.device()) for name, value in batch.items()})
     return batches
 
 
@@ -139,22 +151,27 @@ def stock_model(run: RunConfig) -> Any:
     for parameter in gpt.parameters():
         # The CPU initialization path of 0.19.2 leaves replicated parameters without attributes.
         tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
-    return gpt
+    if model.transformer_impl is TransformerImpl.TRANSFORMER_ENGINE:
+        # Both are to train the same parameters; its norms always have a gain.
+        freeze_unused_gains(gpt, model.norm_gain)
+    return gpt.to(platform.device())
 
 
 def stock_contestant(run: RunConfig) -> TrainStep:
     """Stock Megatron-Core's training step; needs the parallel state."""
     gpt = stock_model(run)
+    module = Float16Module(gpt.config, gpt) if run.precision.bf16 else gpt
     ddp = DistributedDataParallel(
-        gpt.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), gpt
+        gpt.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), module
     )
+    when_left(partial(release_chunks, [ddp]))
     config = optimizer_config(run)
     optimizer = get_megatron_optimizer(
         config,
         [ddp],
         # No weight decay on biases and gains, as in Megatron's own training.
         config_overrides=get_standard_config_overrides(config),
-        use_gloo_process_groups=True,
+        use_gloo_process_groups=not platform.has_cuda(),
     )
     # As upstream's training loop does; without them the schedule would reduce no gradient.
     gpt.config.no_sync_func = ddp.no_sync
@@ -197,22 +214,31 @@ def _stock_loss(mask_BS: Tensor, losses_BS: Tensor) -> tuple[Tensor, Tensor, dic
     return total, tokens, {"lm loss": torch.stack([total.clone().detach(), tokens])}
 
 
-def plain_contestant(run: RunConfig) -> TrainStep:
-    """The plain PyTorch GPT with ``torch.optim.AdamW`` and ``clip_grad_norm_``."""
+def plain_contestant(run: RunConfig, *, compiled: bool = False) -> TrainStep:
+    """The plain PyTorch GPT with ``torch.optim.AdamW`` and ``clip_grad_norm_``.
+
+    Args:
+        run: with bf16, products run in bf16 under autocast and weights stay fp32.
+        compiled: let ``torch.compile`` fuse the model.
+    """
     section = run.optimizer
-    model = PlainGPT(run.model)
+    device = platform.device()
+    model = PlainGPT(run.model).to(device)
+    loss_of: Callable[..., Any] = torch.compile(model) if compiled else model
     optimizer = torch.optim.AdamW(
         model.parameters(),
         lr=section.lr,
         betas=(section.adam_beta1, section.adam_beta2),
         eps=section.adam_eps,
         weight_decay=section.weight_decay,
+        fused=platform.has_cuda(),
     )
 
     def step(batch: Batch) -> float:
         # PyTorch's default; upstream's DDP has to zero its gradient buffer instead.
         optimizer.zero_grad(set_to_none=True)
-        loss = model(batch["tokens"], batch["labels"])
+        with torch.autocast(device.type, torch.bfloat16, enabled=run.precision.bf16):
+            loss = loss_of(batch["tokens"], batch["labels"])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), section.clip_grad)
         optimizer.step()

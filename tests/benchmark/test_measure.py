@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_mup.benchmark.measure import Pairs, alternate, ratio
+from megatron_mup.benchmark.measure import Pairs, alone, alternate, ratio, unpaired_ratio
 from megatron_mup.errors import ConfigError
 from megatron_mup.training.batches import Batch
 
@@ -57,6 +57,22 @@ def test_the_interval_has_the_width_of_the_normal_one() -> None:
 def test_a_burst_of_foreign_work_does_not_move_the_ratio() -> None:
     first = [1.1] * 38 + [9.0, 9.0]
     assert ratio(Pairs(tuple(first), (1.0,) * 40)).value == pytest.approx(1.1, rel=1e-12)
+
+
+def test_steps_that_were_not_paired_have_the_ratio_of_their_middles() -> None:
+    # A drift of a factor of 2 between the halves is in both, and in the interval.
+    first, second = (3.0, 3.0, 6.0, 6.0) * 5, (2.0, 2.0, 4.0, 4.0) * 5
+    result = unpaired_ratio(Pairs(first, second))
+    assert result.value == pytest.approx(1.5, rel=1e-12)
+    assert result.low < 1.4 < 1.6 < result.high
+    assert unpaired_ratio(Pairs((3.0,) * 4, (2.0,) * 4)).high == pytest.approx(1.5)
+
+
+def test_a_contestant_alone_is_warmed_up_and_timed() -> None:
+    log: list[tuple[str, int]] = []
+    seconds = alone(Recorder("a", 3.0, log), BATCHES, steps=4, clock=lambda: CLOCK[0])
+    assert seconds == (3.0, 3.0, 3.0, 3.0)
+    assert [number for _, number in log] == [0, 0, 0, 0, 1, 2, 0]
 
 
 def test_one_pair_has_no_interval() -> None:
