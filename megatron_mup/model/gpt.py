@@ -183,24 +183,49 @@ def build_model(run: RunConfig, table: ParameterTable, *, chunk: int = 0) -> tor
 
 
 def construct(
-    model: ModelConfig, config: TransformerConfig, multipliers: Multipliers, *, chunk: int = 0
+    model: ModelConfig,
+    config: TransformerConfig,
+    multipliers: Multipliers,
+    *,
+    chunk: int = 0,
+    ends: tuple[bool, bool] | None = None,
 ) -> torch.nn.Module:
-    """Build one chunk with hooks but without initial weights; see ``build_model``."""
+    """Build one chunk with hooks but without initial weights; see ``build_model``.
+
+    Args:
+        model: architecture.
+        config: from ``transformer_config``.
+        multipliers: from the table.
+        chunk: number of the chunk on this rank.
+        ends: whether it has the embedding, and the readout; unset: as its place in the pipeline.
+    """
     virtual = config.virtual_pipeline_model_parallel_size is not None
     place: dict[str, Any] = {"vp_stage": chunk} if virtual else {}
+    if ends is None:
+        ends = (
+            parallel_state.is_pipeline_first_stage(ignore_virtual=not virtual, **place),
+            parallel_state.is_pipeline_last_stage(ignore_virtual=not virtual, **place),
+        )
     gpt: torch.nn.Module = GPTModel(
         config,
         block_spec(model, config, multipliers.residual, **place),
         model.padded_vocab_size,
         model.seq_length,
-        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=not virtual, **place),
-        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=not virtual, **place),
+        pre_process=ends[0],
+        post_process=ends[1],
         share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,
         position_embedding_type="rope",
         rotary_percent=model.rotary_percent,
         rotary_base=model.rotary_base,
         **place,
     )
+    return _complete(gpt, model, multipliers)
+
+
+def _complete(
+    gpt: torch.nn.Module, model: ModelConfig, multipliers: Multipliers
+) -> torch.nn.Module:
+    """Give a GPTModel what it is not built with, check its scale, and move it to the device."""
     for parameter in gpt.parameters():
         # The CPU initialization path of 0.19.2 leaves replicated parameters without attributes.
         tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)

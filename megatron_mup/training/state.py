@@ -59,7 +59,7 @@ def build_state(run: RunConfig) -> TrainState:
     """
     table = run.table
     chunks = [build_model(run, table, chunk=chunk) for chunk in range(run.parallel.model_chunks)]
-    wrapped = [_wrap(run, chunk, first=index == 0) for index, chunk in enumerate(chunks)]
+    wrapped = [wrap_chunk(run, chunk, first=index == 0) for index, chunk in enumerate(chunks)]
     optimizer = build_optimizer(run, table, model_chunks=chunks, wrapped_chunks=wrapped)
     when_left(partial(release_chunks, wrapped))
     # The schedules read these from the first chunk's configuration.
@@ -88,8 +88,14 @@ def _one_or_list(functions: list[Any]) -> Any:
     return functions if len(functions) > 1 else functions[0]
 
 
-def _wrap(run: RunConfig, chunk: torch.nn.Module, *, first: bool) -> DistributedDataParallel:
-    """Gradient buffers of one chunk."""
+def wrap_chunk(run: RunConfig, chunk: torch.nn.Module, *, first: bool) -> DistributedDataParallel:
+    """Give one chunk its gradient buffers; needs the parallel state.
+
+    Args:
+        run: the run's configuration.
+        chunk: GPTModel.
+        first: whether it is the rank's first chunk, whose reduction is cut into buckets.
+    """
     config: Any = chunk.config
     module = Float16Module(config, chunk) if run.precision.bf16 else chunk
     parallel = run.parallel
