@@ -20,6 +20,11 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def _given_folders() -> list[str]:
+    """Where the caller's Python looks for packages besides its own."""
+    return [folder for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) if folder]
+
+
 def run_ranks(module: str, job: dict[str, Any], folder: Path, *, timeout: float = 240) -> None:
     """Run ``python -m module JOB RANK`` for every rank.
 
@@ -32,7 +37,7 @@ def run_ranks(module: str, job: dict[str, Any], folder: Path, *, timeout: float 
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *_given_folders()]),
         "PYTHONWARNINGS": "ignore",
         "GLOO_SOCKET_IFNAME": "lo",
     }
