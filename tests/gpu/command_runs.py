@@ -64,10 +64,10 @@ def steps_of(
         config: from ``write_config``; metrics go beside it.
         name: of the run, one for each call.
         options: ``key=value``.
-        on_cpu: hide the machine's GPUs from the run.
+        on_cpu: hide the machine's GPUs from the run, and TransformerEngine, as on a CPU machine.
     """
     metrics = config.with_name(f"{name}.jsonl")
-    hidden = {"CUDA_VISIBLE_DEVICES": ""} if on_cpu else {}
+    hidden = _without_gpu(config.parent) if on_cpu else {}
     command = [sys.executable, "-m", "megatron_mup", "train", "--config", str(config)]
     done = subprocess.run(
         [*command, f"metrics_path={metrics}", *options],
@@ -83,6 +83,15 @@ def steps_of(
         for row in read_metrics(metrics)
         if "lm loss" in row
     }
+
+
+def _without_gpu(folder: Path) -> dict[str, str]:
+    """Variables of a machine without GPUs; megatron-core takes its optimizers where it finds it."""
+    engine = folder / "cpu_machine/transformer_engine.py"
+    engine.parent.mkdir(exist_ok=True)
+    engine.write_text('raise ModuleNotFoundError("not on a CPU machine")\n')
+    folders = [str(engine.parent), os.environ.get("PYTHONPATH", "")]
+    return {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(filter(None, folders))}
 
 
 def losses(steps: dict[int, list[float]]) -> list[float]:

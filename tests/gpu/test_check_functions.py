@@ -106,7 +106,9 @@ def test_a_checkpoint_of_one_process_goes_on_in_another(tmp_path: Path) -> None:
     config = write_config(tmp_path)
     small = ("hidden_size=64", "num_attention_heads=4", "base_kv_channels=16", "seq_length=32")
     whole = steps_of(config, "whole", *small, *SAVING, f"save={tmp_path / 'saved'}", on_cpu=True)
-    resumed = steps_of(config, "resumed", *small, *RESUMING, f"load={tmp_path / 'saved'}")
+    resumed = steps_of(
+        config, "resumed", *small, *RESUMING, f"load={tmp_path / 'saved'}", on_cpu=True
+    )
     assert sorted(whole) == [1, 2, 3, 4, 5, 6]
     assert resumed == {step: whole[step] for step in (4, 5, 6)}
     assert losses(resumed) == [whole[4][0], whole[5][0], whole[6][0]]
