@@ -66,16 +66,26 @@ def benchmark_run(
             },
             "parameterization": costly_parameterization(hidden_size // 4, num_layers, head_dim=64),
             "optimizer": {"lr": 2.0**-8, "weight_decay": 0.1, "weight_decay_mode": "coupled"},
-            # The schedule never ends: a contestant may take any number of steps.
-            "schedule": {"lr_decay_style": "constant"},
-            "training": {
-                "train_iters": 1_000_000,
-                "global_batch_size": batch_size,
-                "micro_batch_size": batch_size,
-                "eval_iters": 0,
-            },
+            **endless_training(batch_size),
         },
     )
+
+
+def endless_training(batch_size: int) -> dict[str, Any]:
+    """Sections of a run that takes any number of steps, each of one microbatch.
+
+    Args:
+        batch_size: sequences of a step.
+    """
+    return {
+        "schedule": {"lr_decay_style": "constant"},
+        "training": {
+            "train_iters": 1_000_000,
+            "global_batch_size": batch_size,
+            "micro_batch_size": batch_size,
+            "eval_iters": 0,
+        },
+    }
 
 
 def costly_parameterization(

@@ -175,7 +175,7 @@ def side_by_side(first: Contestant, second: Contestant, *, pairs: int) -> Contes
         two, two_bytes = _built(second, batches)
         times = alternate(one, two, batches, pairs=pairs, clock=clock())
         del one, two
-    _release()
+    release_memory()
     return Contest(
         first=Timed(contestant=first, seconds=times.first, peak_bytes=one_bytes),
         second=Timed(contestant=second, seconds=times.second, peak_bytes=two_bytes),
@@ -207,7 +207,7 @@ def by_itself(contestant: Contestant, *, steps: int) -> Timed:
         step, peak = _built(contestant, batches)
         seconds = alone(step, batches, steps=steps, clock=clock())
         del step
-    _release()
+    release_memory()
     return Timed(contestant=contestant, seconds=seconds, peak_bytes=peak)
 
 
@@ -224,7 +224,7 @@ def _built(contestant: Contestant, batches: Sequence[Batch]) -> tuple[TrainStep,
     return step, torch.cuda.max_memory_allocated() - before
 
 
-def _release() -> None:
+def release_memory() -> None:
     """Give freed blocks back, so that the next contestants find the memory whole."""
     if platform.has_cuda():
         gc.collect()

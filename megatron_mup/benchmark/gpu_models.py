@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from megatron_mup.benchmark.contestants import costly_parameterization
+from megatron_mup.benchmark.contestants import costly_parameterization, endless_training
 from megatron_mup.config import RunConfig
 from megatron_mup.config_io import config_from_dict
 from megatron_mup.errors import ConfigError
@@ -93,7 +93,6 @@ def speed_run(
     Raises:
         MupError: the run cannot be configured so.
     """
-    name = "sp" if sp else "mup"
     costly = costly_parameterization(model.width // 4, model.depth, head_dim=model.head_dim)
     fp8 = {"fp8_format": "hybrid", "fp8_recipe": "tensorwise"}
     sections: dict[str, Any] = {
@@ -105,16 +104,9 @@ def speed_run(
             "seq_length": model.seq_length,
             "transformer_impl": "transformer_engine",
         },
-        "parameterization": {"name": "sp"} if sp else {"name": name, **costly},
+        "parameterization": {"name": "sp"} if sp else {"name": "mup", **costly},
         "optimizer": {"lr": 2.0**-10, "weight_decay": 0.1, "weight_decay_mode": "coupled"},
-        # The schedule never ends: a contestant may take any number of steps.
-        "schedule": {"lr_decay_style": "constant"},
-        "training": {
-            "train_iters": 1_000_000,
-            "global_batch_size": model.micro_batch_size,
-            "micro_batch_size": model.micro_batch_size,
-            "eval_iters": 0,
-        },
+        **endless_training(model.micro_batch_size),
         "precision": {"bf16": True, **(fp8 if precision is Precision.FP8 else {})},
     }
     return config_from_dict(sections, overrides)

@@ -94,7 +94,7 @@ def chosen(
         raise ConfigError(f"--layers is '{layers}'; give positive numbers, such as 2,3")
     if wrong := [end for end in wanted if end not in ENDS]:
         raise ConfigError(f"--ends has '{wrong[0]}'; use some of {','.join(ENDS)}")
-    if wrong := [kind for kind in kinds if kind not in tuple(Precision)]:
+    if wrong := [kind for kind in kinds if kind not in Precision]:
         raise ConfigError(f"--precision has '{wrong[0]}'; use some of {','.join(Precision)}")
     first, *more = (int(count) for count in counts)
     stages = [StageParts(layers=first, **ENDS[end]) for end in wanted]

@@ -16,7 +16,7 @@ import torch
 
 from megatron_mup import platform
 from megatron_mup.benchmark.contestants import random_batches
-from megatron_mup.benchmark.gpu_contest import clock
+from megatron_mup.benchmark.gpu_contest import clock, release_memory
 from megatron_mup.benchmark.measure import WARMUP_STEPS
 from megatron_mup.config import RunConfig
 from megatron_mup.errors import ConfigError
@@ -156,8 +156,7 @@ def measure_stage(run: RunConfig, parts: StageParts, *, steps: int) -> StageMeas
         forward, backward, update = times.median(dim=0).values.tolist()
         peak, context = _bytes()
         del stage
-    if platform.has_cuda():
-        torch.cuda.empty_cache()
+    release_memory()
     return StageMeasurement(
         forward=forward, backward=backward, update=update, peak_bytes=peak, context_bytes=context
     )

@@ -32,7 +32,7 @@ def campaign_command(
     ] = "target",
 ) -> None:
     """Tune small, predict large; ends with 1 where a stage says stop, 75 if interrupted."""
-    if until not in list(Stage):
+    if until not in Stage:
         raise ConfigError(f"--until is '{until}'; use one of {', '.join(Stage)}")
     from megatron_mup.transfer.campaign.stages import CampaignRequest, run_campaign
     from megatron_mup.transfer.sweep.pool import share_of_machine

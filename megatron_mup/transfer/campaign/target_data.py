@@ -51,9 +51,11 @@ def check_target_data(target: RunConfig, proxy: RunConfig, text: TextOptions | N
                 "or name shards in the target's data section"
             )
         return
-    sections = config_to_dict(target)
-    sections["data"] |= shards
-    run = config_from_dict(sections, origin="target")
+    run = target
+    if shards:
+        sections = config_to_dict(target)
+        sections["data"] |= shards
+        run = config_from_dict(sections, origin="target")
     check_training_data(run)
     check_epochs(run, _samples(run))
 
