@@ -44,6 +44,7 @@ class Fit:
     Attributes:
         minima: one a width, increasing.
         verdict: whether the learning rate transfers over them.
+        scatter: between the widths' optima beyond their errors, see ``Transfer``.
         prediction: log2 of the peak learning rate at the target's width.
         runs: number of runs that went into it.
         without_curve: widths of the sweep of which no run finished or diverged.
@@ -52,6 +53,7 @@ class Fit:
 
     minima: tuple[Minimum, ...]
     verdict: Verdict
+    scatter: float | None
     prediction: Estimate
     runs: int
     without_curve: tuple[float, ...] = ()
@@ -88,10 +90,12 @@ def fit_proxies(rows: Sequence[Row], width: float, *, widths: Sequence[float], l
         )
     minima = fit_minima(curves, level=VERDICT_LEVEL)
     known = {curve.size for curve in curves}
+    transfer = measure_transfer(minima, curves, level=VERDICT_LEVEL)
     beside = {one.size: _neighbour(one, rows) for one in minima}
     return Fit(
         minima=tuple(minima),
-        verdict=judge(measure_transfer(minima, curves, level=VERDICT_LEVEL)),
+        verdict=judge(transfer),
+        scatter=transfer.scatter,
         prediction=predict_log2_lr(minima, width, level=level),
         runs=sum(len(curve.losses) for curve in curves),
         without_curve=tuple(one for one in widths if one not in known),

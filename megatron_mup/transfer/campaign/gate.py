@@ -12,7 +12,7 @@ from megatron_mup.config import RunConfig
 from megatron_mup.transfer.campaign.fit import Fit, Neighbour
 from megatron_mup.transfer.campaign.likeness import differences, extrapolations
 from megatron_mup.transfer.campaign.spec import GateRules
-from megatron_mup.transfer.fits import Minimum
+from megatron_mup.transfer.fits import Minimum, narrowing_steps, steps_at_curves
 from megatron_mup.transfer.sweep.spec import TokenBudget
 
 _FEW_SIZES = 3
@@ -128,7 +128,7 @@ def _unknown(fit: Fit) -> list[Stop]:
     for one in fit.minima:
         if one.log2_lr.value is not None or one.edge is not None:
             continue
-        more = "more seeds and learning rates half an octave apart around its lowest loss"
+        more = "learning rates half an octave apart around its lowest loss, then more seeds"
         stops.append(
             Stop(
                 why=f"width {one.size:g}: the best learning rate is unknown: {one.log2_lr.reason}",
@@ -251,8 +251,9 @@ def _narrower(fit: Fit) -> str:
     """What narrows the prediction's interval most, for the least."""
     known = [one.size for one in fit.minima if one.log2_lr.value is not None]
     if len(known) > _FEW_SIZES:
-        return "more seeds around the minima, or a further, larger width"
-    return (
+        return "; ".join(narrowing_steps(fit.minima, scatter=fit.scatter, axis="width"))
+    further = (
         f"a further width, such as {2 * known[-1]:g} or one between: a line through {len(known)} "
-        "points has little to tell its scatter from; then more seeds around the minima"
+        "points has little to tell its scatter from"
     )
+    return "; then ".join([further, *steps_at_curves(fit.minima, "width")])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from megatron_mup.transfer.fits.metrics import compare_arms, measure_transfer, predict_log2_lr
 from megatron_mup.transfer.fits.minima import fit_minima
+from megatron_mup.transfer.fits.next_steps import narrowing_steps, steps_at_curves
 from megatron_mup.transfer.fits.power_laws import fit_power_law
 from megatron_mup.transfer.fits.prediction import loss_at
 from megatron_mup.transfer.fits.types import (
@@ -35,5 +36,7 @@ __all__ = [
     "judge",
     "loss_at",
     "measure_transfer",
+    "narrowing_steps",
     "predict_log2_lr",
+    "steps_at_curves",
 ]

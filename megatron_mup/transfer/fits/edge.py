@@ -7,6 +7,7 @@ is significantly higher than the edge's, seen from inside, and below those that 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from megatron_mup.transfer.fits.tails import one_sided
 from megatron_mup.transfer.fits.types import Estimate
@@ -26,15 +27,10 @@ def edge_estimates(
     """
     best, high = grid.best, grid.edge == "high"
     inside = _surely_worse(grid, variance=variance, df=df, level=level)
-    outside = _diverged_beyond(grid)
+    outside = _beyond(grid, grid.all_diverged)
     low, above = (inside, outside) if high else (outside, inside)
-    end = "highest" if high else "lowest"
-    beside = " that did not diverge" if outside is not None else ""
     known = "" if variance is not None else " (noise unknown)"
-    reason = (
-        f"the lowest loss lies at the {end} learning rate{beside}, {power(grid.log2_lrs[best])}: "
-        f"the optimum lies {_between(low, above)}{known}"
-    )
+    reason = f"{_where(grid)}: the optimum lies {_between(low, above)}{known}"
     spread = 0.0
     if variance is not None:
         spread = one_sided(level, df) * math.sqrt(variance / grid.counts[best])
@@ -44,6 +40,27 @@ def edge_estimates(
         reason="the optimum lies outside the learning rates that were run",
     )
     return Estimate(value=None, low=low, high=above, reason=reason), loss
+
+
+def diverged_beside(grid: Grid) -> float | None:
+    """Nearest learning rate beyond the edge at which a run diverged; None: none did, or no edge.
+
+    Args:
+        grid: of the curve, with at least one learning rate at which all runs ended well.
+    """
+    return None if grid.edge is None else _beyond(grid, grid.diverged)
+
+
+def _where(grid: Grid) -> str:
+    """Where the lowest loss lies, as a reader of the grid sees it."""
+    at, beside = power(grid.log2_lrs[grid.best]), diverged_beside(grid)
+    end = "highest" if grid.edge == "high" else "lowest"
+    if beside is None:
+        return f"the lowest loss lies at the {end} learning rate, {at}"
+    if beside in grid.all_diverged:
+        return f"the lowest loss lies at the {end} learning rate that did not diverge, {at}"
+    some = f"{grid.diverged_at(beside)} runs diverged"
+    return f"the lowest loss, at {at}, lies beside {power(beside)}, at which {some}"
 
 
 def power(log2_lr: float) -> str:
@@ -73,9 +90,9 @@ def _surely_worse(grid: Grid, *, variance: float | None, df: float, level: float
     return None
 
 
-def _diverged_beyond(grid: Grid) -> float | None:
-    """Nearest learning rate beyond the edge at which every run diverged."""
+def _beyond(grid: Grid, log2_lrs: Sequence[float]) -> float | None:
+    """Nearest of some learning rates beyond the edge."""
     at = grid.log2_lrs[grid.best]
     if grid.edge == "high":
-        return min((x for x in grid.all_diverged if x > at), default=None)
-    return max((x for x in grid.all_diverged if x < at), default=None)
+        return min((x for x in log2_lrs if x > at), default=None)
+    return max((x for x in log2_lrs if x < at), default=None)

@@ -13,9 +13,16 @@ from dataclasses import replace
 import numpy as np
 
 from megatron_mup.errors import DataError
+from megatron_mup.transfer.fits.next_steps import FEWEST_FOR_TREND
 from megatron_mup.transfer.fits.penalty import zero_shot_penalty
 from megatron_mup.transfer.fits.power_laws import fit_power_law
-from megatron_mup.transfer.fits.regression import Measured, fit_line, interval, measured
+from megatron_mup.transfer.fits.regression import (
+    Line,
+    Measured,
+    fit_line,
+    interval,
+    measured,
+)
 from megatron_mup.transfer.fits.types import Comparison, Curve, Estimate, Minimum, Transfer
 
 
@@ -55,6 +62,7 @@ def measure_transfer(
         gamma=gamma,
         kappa=_kappa(alpha, beta, gamma, level),
         asymptotic_loss=law.asymptote,
+        scatter=_scatter(ordered),
         sizes=tuple(sizes),
         minima=tuple(ordered),
     )
@@ -76,11 +84,8 @@ def predict_log2_lr(minima: Sequence[Minimum], size: float, *, level: float = 0.
     data = _optima(_ordered(minima))
     if len(data.x) < 2:
         return Estimate(value=None, reason=f"not identifiable: {_count(len(data.x))}, 2 needed")
-    found = fit_line(data).at(math.log2(size), level)
-    if len(data.x) == 2 and found.low is not None:
-        reason = "two sizes only: the interval holds no scatter between sizes"
-        return replace(found, reason=reason)
-    return found
+    line = fit_line(data)
+    return _with_remark(line.at(math.log2(size), level), line, data)
 
 
 def compare_arms(transfers: Mapping[str, Transfer], *, level: float = 0.9) -> Comparison:
@@ -182,14 +187,36 @@ def _shift_per_doubling(ordered: Sequence[Minimum], total: Estimate, level: floa
         low = None if total.low is None else total.low / doublings
         high = None if total.high is None else total.high / doublings
         return Estimate(value=None, low=low, high=high, reason=total.reason)
-    slope = fit_line(_optima(ordered)).slope(level)
+    data = _optima(ordered)
+    line = fit_line(data)
+    slope = _with_remark(line.slope(level), line, data)
     missing = [one for one in ordered if one.log2_lr.value is None]
-    if missing:
-        shown = ", ".join(f"{one.size:g}" for one in missing)
-        return replace(slope, reason=f"without size {shown}, whose optimum is not identified")
-    if len(ordered) == 2 and slope.low is not None:
-        return replace(slope, reason="two sizes only: the interval holds no scatter between sizes")
-    return slope
+    if not missing:
+        return slope
+    shown = ", ".join(f"{one.size:g}" for one in missing)
+    remark = f"without size {shown}, whose optimum is not identified"
+    return replace(slope, reason="; ".join(filter(None, [remark, slope.reason])))
+
+
+def _with_remark(found: Estimate, line: Line, data: Measured) -> Estimate:
+    """Say what an interval of the line rests on, where it is not the optima's own errors."""
+    count = len(data.x)
+    if found.low is None:
+        return found
+    if count == 2:
+        return replace(found, reason="two sizes only: the interval holds no scatter between sizes")
+    if line.scatter == 0.0 or data.errors is None:
+        return found
+    freedom = f"{count - 2} degree{'' if count == 3 else 's'} of freedom"
+    remark = f"the interval rests on the scatter between {count} sizes ({freedom}): further sizes"
+    return replace(found, reason=f"{remark} narrow it, seeds do not")
+
+
+def _scatter(ordered: Sequence[Minimum]) -> float | None:
+    data = _optima(ordered)
+    if len(data.x) < FEWEST_FOR_TREND or data.errors is None:
+        return None
+    return fit_line(data).scatter
 
 
 def _extrapolation_error(ordered: Sequence[Minimum], level: float) -> Estimate:

@@ -14,7 +14,7 @@ import numpy as np
 
 from megatron_mup.errors import DataError
 from megatron_mup.transfer.fits.asymmetry import Asymmetries, coarse_grid, profile_asymmetries
-from megatron_mup.transfer.fits.edge import edge_estimates
+from megatron_mup.transfer.fits.edge import diverged_beside, edge_estimates
 from megatron_mup.transfer.fits.noise import Noise, estimate_noise
 from megatron_mup.transfer.fits.profile import curvature, lowest_loss, optimum
 from megatron_mup.transfer.fits.shape import ShapeFit, design, fit_shape
@@ -207,6 +207,7 @@ def _no_minimum(piece: _Piece, noise: Noise, level: float) -> Minimum:
         loss=loss,
         curvature=Estimate(value=None, reason=loss.reason),
         edge=grid.edge if grid.log2_lrs else None,
+        beside=diverged_beside(grid) if grid.log2_lrs else None,
         window=ends,
         points=len(grid.log2_lrs),
         runs=sum(grid.counts),

@@ -78,6 +78,7 @@ class Minimum:
             which are used.
         asymmetry: k of the fitted curve loss + curvature (e^(k d) - k d - 1) / k^2 at a distance
             of d octaves from the optimum; 0: a parabola, above 0: steeper on the right.
+        beside: with an edge, the nearest log2 LR beyond it at which a run diverged; None: none did.
         shared_error: signed part of the optimum's error, octaves, that all curves fitted with one
             asymmetry have in common; it drops out of differences.
         notes: what a reader should know about the fit, in words.
@@ -97,6 +98,7 @@ class Minimum:
     lowest: tuple[float, float] | None
     narrowed: bool = False
     asymmetry: float | None = None
+    beside: float | None = None
     shared_error: float = 0.0
     notes: tuple[str, ...] = ()
 
@@ -134,6 +136,8 @@ class Transfer:
         gamma: of curvature(n) = C n^gamma.
         kappa: alpha - 2 beta + gamma; below 0: transfer becomes free with size.
         asymptotic_loss: L_inf.
+        scatter: standard deviation of the optima about their line beyond their own errors, octaves;
+            0: none is seen; None: fewer than three optima, or no errors.
         sizes: in increasing order.
         minima: of the sizes, in that order.
 
@@ -149,6 +153,7 @@ class Transfer:
     gamma: Estimate
     kappa: Estimate
     asymptotic_loss: Estimate
+    scatter: float | None
     sizes: tuple[float, ...]
     minima: tuple[Minimum, ...]
 

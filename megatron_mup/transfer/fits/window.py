@@ -29,7 +29,8 @@ class Grid:
         log2_lrs: learning rates at which every run ended well, increasing.
         means: mean loss over seeds there; where seeds are missing, corrected for the seeds' levels.
         counts: runs there.
-        diverged: learning rates at which a run diverged.
+        diverged: learning rates at which a run diverged, increasing.
+        lost: (diverged runs, runs) at each of them.
         all_diverged: those at which every run did.
         diverged_runs: number of runs that diverged.
     """
@@ -38,6 +39,7 @@ class Grid:
     means: tuple[float, ...]
     counts: tuple[int, ...]
     diverged: tuple[float, ...]
+    lost: tuple[tuple[int, int], ...]
     all_diverged: tuple[float, ...]
     diverged_runs: int
 
@@ -49,6 +51,11 @@ class Grid:
     def joined(self, left: int, right: int) -> bool:
         """Whether no run diverged between two neighbouring learning rates."""
         return not any(self.log2_lrs[left] < x < self.log2_lrs[right] for x in self.diverged)
+
+    def diverged_at(self, log2_lr: float) -> str:
+        """How many runs diverged at one of ``diverged``, such as "1 of 3"."""
+        count, runs = self.lost[self.diverged.index(log2_lr)]
+        return f"{count} of {runs}"
 
     @property
     def edge(self) -> Literal["low", "high"] | None:
@@ -73,9 +80,14 @@ def read_grid(curve: Curve) -> Grid:
         means=_means(usable, kept),
         counts=tuple(sum(run[0] == x for run in kept) for x in usable),
         diverged=tuple(diverged),
+        lost=tuple(_lost([loss for at, loss, _ in runs if at == x]) for x in diverged),
         all_diverged=tuple(x for x in diverged if x not in ended),
         diverged_runs=sum(not math.isfinite(loss) for _, loss, _ in runs),
     )
+
+
+def _lost(losses: list[float]) -> tuple[int, int]:
+    return sum(not math.isfinite(loss) for loss in losses), len(losses)
 
 
 def _means(usable: list[float], runs: list[tuple[float, float, int]]) -> tuple[float, ...]:

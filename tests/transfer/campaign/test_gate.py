@@ -54,6 +54,7 @@ def fit_of(
     return Fit(
         minima=tuple(minima or [minimum(32), minimum(64), minimum(128)]),
         verdict=Verdict(outcome=outcome, because="it moves by 0.30.", next_steps=steps),
+        scatter=0.0,
         prediction=Estimate(**found),
         runs=45,
     )
@@ -126,7 +127,7 @@ def test_a_width_without_an_optimum_stops_however_many_others_there_are() -> Non
     ]
     flat = replace(minimum(96), log2_lr=Estimate(value=None, reason="not identifiable"))
     (stop,) = stops_after_fit(fit_of([*minima[:2], flat, minima[3]]), RULES)
-    assert stop.next_step.startswith("more seeds and learning rates half an octave apart")
+    assert stop.next_step.startswith("learning rates half an octave apart")
     # One at an edge is told with the edges, and the blank one is told beside it.
     edge = [*minima[:3], minimum(128, "high")]
     assert [stop.why[:9] for stop in stops_after_fit(fit_of(edge), RULES)] == [
@@ -179,13 +180,30 @@ def test_a_wide_interval_stops() -> None:
     ("sizes", "step"),
     [
         ([32, 64, 128], "a further width, such as 256 or one between: a line through 3 points"),
-        ([32, 64, 96, 128], "more seeds around the minima, or a further, larger width"),
+        (
+            [32, 64, 96, 128],
+            "more seeds (3 a learning rate) around the lowest loss at width 32, 64",
+        ),
     ],
 )
 def test_few_widths_want_another_one_rather_than_seeds(sizes: list[int], step: str) -> None:
     minima = [minimum(size) for size in sizes]
     (stop,) = stops_after_fit(fit_of(minima, low=-6.75, high=-5.5), RULES)
     assert stop.next_step.startswith(step)
+
+
+def test_a_wide_interval_wants_what_made_it_wide() -> None:
+    """Scatter between widths: no seeds. Three points a curve: half octaves before seeds."""
+    minima = [minimum(size) for size in (32, 64, 96, 128)]
+    scattered = replace(fit_of(minima, low=-6.75, high=-5.5), scatter=0.3)
+    (stop,) = stops_after_fit(scattered, RULES)
+    assert stop.next_step.startswith("a further width, such as 256 (the optima scatter by 0.30")
+    assert "more seeds" not in stop.next_step
+    few = [replace(one, points=3, window=(-7.0, -5.0)) for one in minima[:3]]
+    (stop,) = stops_after_fit(fit_of(few, low=-6.75, high=-5.5), RULES)
+    halves = "; then learning rates half an octave to either side of 2^-6 at width 32"
+    assert halves in stop.next_step
+    assert "more seeds" not in stop.next_step
 
 
 def test_a_missing_bound_or_value_stops_with_its_reason() -> None:

@@ -70,6 +70,27 @@ def test_residuals_beyond_the_errors_are_scatter_known_from_themselves() -> None
     assert shift.value == pytest.approx(theirs.slope)
     assert shift.low == pytest.approx(theirs.slope - half, rel=1e-3)
     assert shift.high == pytest.approx(theirs.slope + half, rel=1e-3)
+    assert shift.reason == (
+        "the interval rests on the scatter between 4 sizes (2 degrees of freedom): further sizes "
+        "narrow it, seeds do not"
+    )
+
+
+def test_the_scatter_is_what_residuals_have_beyond_the_errors() -> None:
+    """Without errors it is the residuals' standard deviation with (sizes - 2) in its divisor."""
+    optima = (-6.0, -6.4, -6.3, -6.9)
+    slope, intercept = np.polyfit(range(4), optima, 1)
+    residuals = np.array(optima) - intercept - slope * np.arange(4)
+    squares = float(residuals @ residuals) / 2.0
+    for error in (1e-4, 0.1):
+        minima = [minimum(n, v, error=error) for n, v in zip(SIZES, optima, strict=True)]
+        expected = math.sqrt(squares - error**2)
+        assert transfer_of(minima).scatter == pytest.approx(expected, rel=1e-3)
+    assert (
+        transfer_of([minimum(n, v, error=0.3) for n, v in zip(SIZES, optima, strict=True)]).scatter
+        == 0.0
+    )
+    assert transfer_of([minimum(n, -6.0) for n in SIZES[:2]]).scatter is None
 
 
 def test_residuals_within_the_errors_leave_the_errors_alone() -> None:
@@ -79,6 +100,7 @@ def test_residuals_within_the_errors_leave_the_errors_alone() -> None:
     # Sum of squares of (-1.5, -0.5, 0.5, 1.5) is 5.
     half = stats.t.ppf(0.95, 30) * 0.1 / math.sqrt(5.0)
     assert shift.high == pytest.approx(-0.1 + half)
+    assert shift.reason is None
 
 
 def test_an_error_common_to_all_sizes_shifts_the_prediction_and_not_the_shift() -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from megatron_mup.transfer.fits import Estimate, Transfer, judge
-from tests.transfer.fits.test_metrics import SIZES, minimum, transfer_of
+from tests.transfer.fits.test_metrics import SIZES, known, minimum, transfer_of
 
 
 def between(low: float, high: float) -> Estimate:
@@ -73,10 +73,94 @@ def test_next_steps_name_the_learning_rates_the_sizes_and_the_seeds() -> None:
     three = replace(wide, sizes=(64.0, 128.0, 256.0), minima=(minimum(64.0, -6.0), vague, edge))
     assert judge(three).next_steps == (
         "add learning rates above 2^-3 at width 256",
-        "more seeds around 2^-6 at width 128 "
-        "(its optimum is known to +-0.40 octaves, one standard error)",
+        "more seeds around 2^-6 at width 128 (its optimum lies between 2^-6.80 and 2^-5.20)",
         "a fourth width, such as 512",
     )
+
+
+def test_three_sizes_with_two_known_optima_do_not_show_a_transfer() -> None:
+    """A line through two optima cannot be contradicted, whatever else was run."""
+    start = transfer((-0.1, 0.1), (0.0, 0.01))
+    edge = replace(
+        minimum(128.0, -3.0),
+        edge="high",
+        log2_lr=Estimate(value=None, low=-4.0, reason="edge"),
+        lowest=(-3.0, 3.0),
+    )
+    minima = (start.minima[0], edge, start.minima[2])
+    verdict = judge(replace(start, sizes=(64.0, 128.0, 256.0), minima=minima))
+    assert verdict.outcome == "cannot tell"
+    assert verdict.because.endswith(
+        "What keeps it open: 2 of 3 sizes have a known optimum, and 3 show a trend."
+    )
+    assert verdict.next_steps[0] == "add learning rates above 2^-3 at width 128"
+    whole = (*minima, start.minima[3])
+    assert judge(replace(start, minima=whole)).outcome == "transfers"
+
+
+def test_a_curve_that_misses_its_points_carries_no_transfer() -> None:
+    start = transfer((-0.1, 0.1), (0.0, 0.01))
+    bent = replace(start.minima[1], misfit="bent")
+    verdict = judge(replace(start, minima=(start.minima[0], bent, *start.minima[2:])))
+    assert verdict.outcome == "cannot tell"
+    assert "the fitted curve misses its points at width 128" in verdict.because
+    narrowed = replace(bent, narrowed=True)
+    kept = replace(start, minima=(start.minima[0], narrowed, *start.minima[2:]))
+    assert judge(kept).outcome == "transfers"
+
+
+def test_what_keeps_it_open_is_named_with_its_number() -> None:
+    """Penalty 0.0156 of a loss of 3.0 is 0.52%."""
+    verdict = judge(transfer((-0.31, 0.2), (0.0, 0.0156)))
+    assert verdict.because.endswith(
+        "What keeps it open: the shift may be -0.31, and transfer means less than 0.25 either way; "
+        "the cost may be 0.52% of the loss, and transfer means less than 0.5%."
+    )
+
+
+def test_half_octaves_come_before_seeds_where_points_are_too_few() -> None:
+    """Three points an octave apart fix a parabola and leave nothing to test it."""
+    wide = transfer((-0.5, 0.5), (0.0, 0.1))
+    few = replace(wide.minima[0], points=3, window=(-7.0, -5.0))
+    fine = replace(wide.minima[1], points=3, window=(-6.5, -5.5))
+    steps = judge(replace(wide, minima=(few, fine, *wide.minima[2:]))).next_steps
+    assert steps[0] == (
+        "learning rates half an octave to either side of 2^-6 at width 64 (3 points do not fix the "
+        "curve's shape)"
+    )
+    assert not any("half an octave" in step and "width 128" in step for step in steps)
+    assert len(steps) == 1
+    vague = replace(wide.minima[2], log2_lr=known(-6.0, error=0.2))
+    steps = judge(replace(wide, minima=(few, fine, vague, wide.minima[3]))).next_steps
+    assert steps[1:] == (
+        "more seeds around 2^-6 at width 256 (its optimum lies between 2^-6.40 and 2^-5.60)",
+    )
+
+
+def test_scatter_between_sizes_asks_for_sizes_and_not_for_seeds() -> None:
+    wide = replace(transfer((-0.5, 0.5), (0.0, 0.1)), scatter=0.2)
+    assert judge(wide).next_steps == (
+        "a further width, such as 1024 (the optima scatter by 0.20 octaves about their line beyond "
+        "their errors, which seeds do not narrow)",
+    )
+
+
+def test_one_size_asks_for_another() -> None:
+    whole = transfer((0.0, 0.0), (0.0, 0.0))
+    verdict = judge(replace(whole, sizes=whole.sizes[:1], minima=whole.minima[:1]))
+    assert verdict.outcome == "cannot tell"
+    assert verdict.because == "width 64 alone says nothing of a transfer."
+    assert verdict.next_steps == ("a second width, such as 128",)
+
+
+def test_runs_that_diverged_beside_the_lowest_loss_bound_the_rates_to_add() -> None:
+    wide = transfer((-0.5, 0.5), (0.0, 0.1))
+    unknown = Estimate(value=None, low=-11.0, reason="edge")
+    gap = replace(
+        minimum(64.0, -10.0), edge="high", log2_lr=unknown, beside=-9.0, lowest=(-10.0, 3.0)
+    )
+    steps = judge(replace(wide, minima=(gap, *wide.minima[1:]))).next_steps
+    assert steps[0] == "add learning rates between 2^-10 and 2^-9 at width 64"
 
 
 def test_next_steps_ask_for_repeats_where_there_are_none() -> None:
@@ -97,7 +181,7 @@ def test_next_steps_refine_a_misfit_and_fill_a_gap_before_divergence() -> None:
     bent = replace(minimum(128.0, -6.0), misfit="bent")
     steps = judge(replace(wide, minima=(gap, bent, *wide.minima[2:]))).next_steps
     assert steps[0] == "add learning rates between 2^-6 and 2^-4 at width 64"
-    assert "learning rates half an octave apart around 2^-6 at width 128" in steps
+    assert "learning rates half an octave to either side of 2^-6 at width 128" in steps
 
 
 def test_two_sizes_can_refute_a_transfer_but_not_show_one() -> None:
@@ -107,8 +191,10 @@ def test_two_sizes_can_refute_a_transfer_but_not_show_one() -> None:
 
     agreeing = judge(two((-0.1, 0.1)))
     assert agreeing.outcome == "cannot tell"
-    assert agreeing.because.endswith("; 2 sizes cannot show a trend.")
-    assert agreeing.next_steps[-1] == "a third width, such as 256"
+    assert agreeing.because.endswith(
+        "What keeps it open: 2 sizes have a known optimum, and 3 show a trend."
+    )
+    assert agreeing.next_steps == ("a third width, such as 256",)
     assert judge(two((-0.9, -0.7))).outcome == "does not transfer"
 
 

@@ -89,6 +89,21 @@ def test_diverged_runs_beyond_an_edge_bound_it_on_the_other_side() -> None:
     assert "did not diverge, 2^-6: the optimum lies between 2^-7 and 2^-5" in found.log2_lr.reason
 
 
+def test_an_edge_beside_partly_diverged_runs_names_them_and_not_the_end_of_the_grid() -> None:
+    """Rates go to 2^-5, and at 2^-7 one seed of three diverged."""
+    losses = {-9.0: (3.3, 3.31, 3.32), -8.0: (3.1, 3.11, 3.12), -7.0: (3.0, NAN, 3.02)}
+    losses |= {-6.0: (3.2, 3.21, 3.22), -5.0: (3.4, 3.41, 3.42)}
+    runs = [(x, y, seed) for x, ys in losses.items() for seed, y in enumerate(ys)]
+    columns = [tuple(column) for column in zip(*runs, strict=True)]
+    found = fit_minima([Curve(size=64.0, log2_lrs=columns[0], losses=columns[1], seeds=columns[2])])
+    assert found[0].edge == "high"
+    assert found[0].beside == -7.0
+    assert found[0].log2_lr.reason == (
+        "the lowest loss, at 2^-8, lies beside 2^-7, at which 1 of 3 runs diverged: the "
+        "optimum lies above 2^-9 (noise unknown)"
+    )
+
+
 def test_with_known_noise_an_edge_bound_needs_a_significant_difference() -> None:
     """Noise 0.05 from a second size: 2.80 is not above 2.78, 3.2 is."""
     grid = (-8.0, -7.0, -6.0, -5.0, -4.0)
