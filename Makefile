@@ -23,8 +23,8 @@ help:  ## print this list
 venv:  ## make or update .venv from requirements.lock (PYTHON=path to choose the interpreter)
 	@tools/set_up_venv.sh
 
-quickstart: venv  ## train a small model on the CPU (TEXT=file to train on, OUT=folder for results)
-	@$(BIN)/megatron-mup quickstart $(if $(TEXT),--text "$(TEXT)") $(if $(OUT),--out "$(OUT)")
+quickstart: venv  ## train a small model on the CPU (TEXT=file, OUT=folder for results, ARGS="..." for the command)
+	@$(BIN)/megatron-mup quickstart $(if $(TEXT),--text "$(TEXT)") $(if $(OUT),--out "$(OUT)") $(ARGS)
 
 test: venv  ## unit and multi-process tests (ARGS="..." for pytest, WORKERS=n processes)
 	@tools/run_tests.sh $(ARGS)

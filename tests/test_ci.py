@@ -250,7 +250,7 @@ def test_each_target_sets_up_first_and_stops_if_that_fails(checked, target):
     assert "no Python" in broken.stderr
 
 
-def test_quickstart_passes_text_and_out(checked):
+def test_quickstart_passes_text_out_and_options(checked):
     write_script(checked / ".venv/bin/megatron-mup", "#!/bin/sh\nprintf '%s,' \"$@\"\n")
 
     without = make(checked, "quickstart")
@@ -258,6 +258,8 @@ def test_quickstart_passes_text_and_out(checked):
 
     assert without.stdout == "quickstart,"
     assert with_both.stdout == "quickstart,--text,my text.txt,--out,runs/a,"
+    short = make(checked, "quickstart", "ARGS=--steps 50 --widths 32,64")
+    assert short.stdout == "quickstart,--steps,50,--widths,32,64,"
 
 
 def test_help_is_the_default_and_lists_every_target():
