@@ -61,6 +61,20 @@ def test_a_diverged_run_ends_the_window() -> None:
     assert (found.points, found.runs, found.diverged) == (4, 8, 3)
 
 
+def test_a_bad_seed_that_ran_near_the_lowest_only_does_not_move_it() -> None:
+    """Seed 1 sits 0.2 nats higher: plain means would be lowest at the outer learning rates."""
+    outer = [(-8.0, 3.05, 0), (-4.0, 3.05, 0)]
+    near = [
+        (x, 3.0 + 0.02 * abs(x + 6.0) + 0.2 * seed, seed)
+        for x in (-7.0, -6.0, -5.0)
+        for seed in (0, 1)
+    ]
+    columns = list(zip(*sorted(outer + near), strict=True))
+    found = fit_minima([Curve(size=64.0, log2_lrs=columns[0], losses=columns[1], seeds=columns[2])])
+    assert found[0].edge is None
+    assert found[0].lowest == pytest.approx((-6.0, 3.1))
+
+
 def test_a_low_edge_bounds_the_optimum_from_above() -> None:
     found = fit({-8.0: 2.7, -7.0: 2.8, -6.0: 2.9, -5.0: 3.2, -4.0: 3.9})
     assert found.edge == "low"
