@@ -2,15 +2,13 @@
 
 A format, so the columns are written out in the order of ``Row`` and other columns are refused. One
 process appends; a row that an interruption cut is dropped. Tables that other programs wrote are
-read with a mapping of their columns. Must not import torch or megatron.
+read by ``foreign_rows``. Must not import torch or megatron.
 """
 
 from __future__ import annotations
 
 import csv
-import hashlib
 import json
-import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -190,26 +188,29 @@ def read_rows(path: Path) -> list[Row]:
     if not path.exists():
         return []
     records = _parquet_records(path) if path.suffix == ".parquet" else _csv_records(path)
-    rows = [_row(values, f"{path}, row {number}") for number, values in enumerate(records, 1)]
+    rows = [_row(values, f"{path}, {place}") for place, values in records]
     return list({row.cell: row for row in rows}.values())
 
 
-def _csv_records(path: Path) -> list[dict[str, str]]:
+def _csv_records(path: Path) -> list[tuple[str, dict[str, str]]]:
+    """Each record with its place, counted as an editor does."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read the table '{path}': {error}; give a CSV file") from error
     # Without its newline the last line is what an interrupted write left.
-    lines = list(csv.reader(StringIO(text[: text.rfind("\n") + 1])))
+    reader = csv.reader(StringIO(text[: text.rfind("\n") + 1]))
+    lines = [(reader.line_num, line) for line in reader]
     if not lines:
         return []
-    _check_columns(path, lines[0])
-    for number, line in enumerate(lines[1:], 1):
+    _check_columns(path, lines[0][1])
+    for number, line in lines[1:]:
         if len(line) != len(COLUMNS):
             raise DataError(
-                f"{path}, row {number} has {len(line)} values for {len(COLUMNS)} columns; remove it"
+                f"{path}, line {number} has {len(line)} values for {len(COLUMNS)} columns; remove "
+                "it"
             )
-    return [dict(zip(COLUMNS, line, strict=True)) for line in lines[1:]]
+    return [(f"line {n}", dict(zip(COLUMNS, line, strict=True))) for n, line in lines[1:]]
 
 
 def _check_columns(path: Path, found: Sequence[str]) -> None:
@@ -240,7 +241,7 @@ def write_parquet(path: Path, rows: Sequence[Row]) -> None:
         pyarrow.parquet.write_table(table, stream)
 
 
-def _parquet_records(path: Path) -> list[dict[str, Any]]:
+def _parquet_records(path: Path) -> list[tuple[str, dict[str, Any]]]:
     import pyarrow
     import pyarrow.parquet
 
@@ -249,114 +250,27 @@ def _parquet_records(path: Path) -> list[dict[str, Any]]:
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"cannot read the table '{path}': {error}; give runs.parquet") from error
     _check_columns(path, table.column_names)
-    records: list[dict[str, Any]] = table.to_pylist()
-    return records
+    return [(f"row {number}", values) for number, values in enumerate(table.to_pylist(), 1)]
 
 
 AXES = ("width", "depth", "batch", "tokens")
 """What a sweep can scale."""
 
-_FOREIGN = ("loss", "lr", "log2_lr", "size", *AXES, "arm", "seed", "steps", "seconds", "parameters")
+_FINEST_STEP = 0.125
+"""Octaves between learning rates of a grid, at the least; an assumption of ``look_like_rates``."""
 
 
-def read_foreign(path: Path, mapping: Mapping[str, str]) -> list[Row]:
-    """Runs of a CSV table that another program wrote, such as wandb's export.
+def look_like_rates(log2_lrs: Sequence[float]) -> bool:
+    """Whether what is called log2 of learning rates are learning rates themselves.
+
+    Such as 0.001 and 0.01: all lie between 0 and 1, where logarithms would mean rates from 1 to 2,
+    and not all on a grid of eighths, where someone may mean just that.
 
     Args:
-        path: the table.
-        mapping: what -> its column. Needed are a size (``width``, ``depth``, ``batch`` or
-            ``tokens``; ``size`` if it is none of them), ``lr`` or ``log2_lr``, and ``loss``; known
-            are ``arm``, ``seed``, ``steps``, ``seconds`` and ``parameters``.
-
-    Returns:
-        One row a run; without the column the arm is "runs" and the seed 1. A loss that is empty or
-        not finite is a diverged run.
-
-    Raises:
-        DataError: the table or a column is missing, or a value is no number.
+        log2_lrs: as given.
     """
-    _check_mapping(mapping)
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            missing = [name for name in mapping.values() if name not in (reader.fieldnames or [])]
-            if missing:
-                raise DataError(
-                    f"{path} has no column '{missing[0]}'; it has "
-                    f"{', '.join(reader.fieldnames or [])}; correct --column"
-                )
-            return [
-                _foreign_row(values, mapping, f"{path}, row {number}")
-                for number, values in enumerate(reader, 1)
-            ]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"cannot read the table '{path}': {error}; give a CSV file") from error
-
-
-def _check_mapping(mapping: Mapping[str, str]) -> None:
-    unknown = [name for name in mapping if name not in _FOREIGN]
-    if unknown:
-        raise DataError(
-            f"--column {unknown[0]}=...: '{unknown[0]}' is not known; use {', '.join(_FOREIGN)}"
-        )
-    for kind, names in {
-        "a size": ("size", *AXES),
-        "a learning rate": ("lr", "log2_lr"),
-        "the loss": ("loss",),
-    }.items():
-        given = [name for name in names if name in mapping]
-        if len(given) != 1:
-            raise DataError(
-                f"{kind} must be given once as --column {names[0]}=NAME"
-                + (f" (or {', '.join(names[1:])})" if names[1:] else "")
-                + f"; given: {', '.join(given) or 'none'}"
-            )
-
-
-def _foreign_row(values: Mapping[str, str], mapping: Mapping[str, str], origin: str) -> Row:
-    def number(name: str, default: float = 0.0) -> float:
-        if name not in mapping:
-            return default
-        try:
-            return float(values[mapping[name]])
-        except (ValueError, TypeError) as error:
-            raise DataError(
-                f"{origin}: {name} ('{mapping[name]}') is {values[mapping[name]]!r}, no number"
-            ) from error
-
-    size = next(name for name in ("size", *AXES) if name in mapping)
-    loss = number("loss") if values[mapping["loss"]] else math.nan
-    rate = number("lr", 1.0)
-    if not 0 < rate < math.inf:
-        raise DataError(f"{origin}: the learning rate is {rate}; it must be positive and finite")
-    # Every line is a run of its own: repeated runs need not name their seeds.
-    digest = hashlib.sha256(json.dumps([origin, dict(values)]).encode()).hexdigest()
-    found = {
-        "sweep": origin.rpartition(",")[0],
-        "cell": digest[:12],
-        "config_sha256": digest,
-        "arm": values[mapping["arm"]] if "arm" in mapping else "runs",
-        "axis": "width" if size == "size" else size,
-        "size": number(size),
-        "log2_lr": number("log2_lr", math.log2(rate)),
-        "seed": int(number("seed", 1)),
-        "status": Status.FINISHED if math.isfinite(loss) else Status.DIVERGED,
-        "validation_loss": loss if math.isfinite(loss) else math.nan,
-        "steps": int(number("steps")),
-        "planned_steps": int(number("steps")),
-        "tokens": int(number("tokens")),
-        "parameters": int(number("parameters")),
-        "seconds": number("seconds"),
-    }
-    return Row(**{**_UNKNOWN, **found})
-
-
-_UNKNOWN: dict[str, Any] = {
-    "settings": {},
-    "train_loss": math.nan,
-    "non_embedding_parameters": 0,
-    "validation_tokens": 0,
-    "loss_spikes": 0,
-    **dict.fromkeys(("data_sha256", "commit", "version", "torch"), ""),
-    **dict.fromkeys(("megatron_core", "machine", "started"), ""),
-}
+    return (
+        bool(log2_lrs)
+        and all(0 < value < 1 for value in log2_lrs)
+        and any(value % _FINEST_STEP for value in log2_lrs)
+    )

@@ -1,4 +1,4 @@
-"""The table of runs: its columns, what an interruption leaves, Parquet, tables of others."""
+"""The table of runs: its columns, what an interruption leaves, Parquet."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from megatron_mup.transfer.runs import (
     Row,
     Status,
     append_row,
-    read_foreign,
     read_rows,
     write_parquet,
 )
@@ -129,9 +128,9 @@ def test_other_columns_are_refused_with_both_lists(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
-        ("finished", "half", r"row 1 is no run of this version \('half' is not a valid Status"),
-        (",-5.5,", ",fast,", r"row 1 is no run of this version \(could not convert"),
-        (",mup,", ",mup,extra,", r"row 1 has 28 values for 27 columns"),
+        ("finished", "half", r"line 2 is no run of this version \('half' is not a valid Status"),
+        (",-5.5,", ",fast,", r"line 2 is no run of this version \(could not convert"),
+        (",mup,", ",mup,extra,", r"line 2 has 28 values for 27 columns"),
     ],
 )
 def test_a_row_that_is_none_is_named(tmp_path: Path, old: str, new: str, words: str) -> None:
@@ -140,63 +139,3 @@ def test_a_row_that_is_none_is_named(tmp_path: Path, old: str, new: str, words: 
     path.write_text(path.read_text().replace(old, new))
     with pytest.raises(DataError, match=words):
         read_rows(path)
-
-
-_WANDB = (
-    '"Name","n_embd","learning_rate","val/loss","_runtime"\n'
-    '"calm","256","0.0009765625","3.125","12.5"\n'
-    '"wild","256","0.5","NaN","2"\n'
-    '"cut","512","1e-3","","2"\n'
-)
-_COLUMNS = {"width": "n_embd", "lr": "learning_rate", "loss": "val/loss"}
-
-
-def test_an_export_of_wandb_is_read_with_a_mapping(tmp_path: Path) -> None:
-    path = tmp_path / "export.csv"
-    path.write_text(_WANDB, encoding="utf-8-sig")
-    rows = read_foreign(path, _COLUMNS | {"arm": "Name", "seconds": "_runtime"})
-    assert [(row.axis, row.size, row.arm, row.seed) for row in rows] == [
-        ("width", 256.0, "calm", 1),
-        ("width", 256.0, "wild", 1),
-        ("width", 512.0, "cut", 1),
-    ]
-    assert (rows[0].log2_lr, rows[0].validation_loss, rows[0].seconds) == (-10.0, 3.125, 12.5)
-    assert [row.status.value for row in rows] == ["finished", "diverged", "diverged"]
-    assert len({row.cell for row in rows}) == 3
-
-
-def test_repeated_runs_of_a_foreign_table_stay_apart(tmp_path: Path) -> None:
-    path = tmp_path / "t.csv"
-    path.write_text("batch,log2,loss\n8,-3,2.5\n8,-3,2.5\n")
-    rows = read_foreign(path, {"batch": "batch", "log2_lr": "log2", "loss": "loss"})
-    assert [(row.axis, row.log2_lr, row.arm) for row in rows] == [("batch", -3.0, "runs")] * 2
-    assert len({row.cell for row in rows}) == 2
-
-
-@pytest.mark.parametrize(
-    ("mapping", "words"),
-    [
-        ({"width": "n_embd", "lr": "rate", "loss": "val/loss"}, r"no column 'rate'; it has Name"),
-        (
-            {"width": "n_embd", "loss": "val/loss"},
-            r"a learning rate must be given once as --column",
-        ),
-        ({"lr": "learning_rate", "loss": "val/loss"}, r"a size .*given: none"),
-        (_COLUMNS | {"depth": "n_embd"}, r"a size .*given: width, depth"),
-        (_COLUMNS | {"speed": "n_embd"}, r"--column speed=\.\.\.: 'speed' is not known"),
-        (_COLUMNS | {"width": "Name"}, r"row 1: width \('Name'\) is 'calm', no number"),
-        (_COLUMNS | {"lr": "_runtime", "width": "n_embd"}, None),
-    ],
-)
-def test_what_a_foreign_table_lacks_is_named(
-    tmp_path: Path, mapping: dict[str, str], words: str | None
-) -> None:
-    path = tmp_path / "export.csv"
-    path.write_text(_WANDB)
-    if words is None:
-        path.write_text(_WANDB.replace('"12.5"', '"0"'))
-        words = r"row 1: the learning rate is 0.0; it must be positive"
-    with pytest.raises(DataError, match=words):
-        read_foreign(path, mapping)
-    with pytest.raises(DataError, match="cannot read the table"):
-        read_foreign(tmp_path / "absent.csv", _COLUMNS)

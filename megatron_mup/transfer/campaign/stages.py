@@ -286,13 +286,13 @@ class _Runner:
     def _report(self) -> None:
         # Draws figures, whose library takes a second to import.
         from megatron_mup.transfer.report.build import make_report
+        from megatron_mup.transfer.report.source import Reported
 
         make_report(
-            self._rows,
+            Reported(rows=tuple(self._rows), table=str(self._folder.table)),
             self._request.out / "report",
             title=f"Learning-rate transfer: {self._campaign.name}",
             level=VERDICT_LEVEL,
-            source=str(self._folder.table),
         )
 
     def gate(self) -> int:

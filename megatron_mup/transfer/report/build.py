@@ -5,7 +5,7 @@ Files appear under their names when they are whole; a second report replaces the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,8 +22,8 @@ from megatron_mup.transfer.report.figure_optima import draw_optima
 from megatron_mup.transfer.report.figure_style import write_figure
 from megatron_mup.transfer.report.markdown import to_markdown
 from megatron_mup.transfer.report.page import to_html
+from megatron_mup.transfer.report.source import Reported
 from megatron_mup.transfer.report.study import Study, study_rows
-from megatron_mup.transfer.runs import Row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,27 +44,20 @@ class Report:
     figures: tuple[Path, ...]
     verdicts: Mapping[str, Verdict]
     optima: Table
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...]
 
 
 def make_report(
-    rows: Sequence[Row],
-    folder: Path,
-    *,
-    title: str,
-    level: float = 0.9,
-    command: str = "",
-    source: str = "",
+    runs: Reported, folder: Path, *, title: str, level: float = 0.9, command: str = ""
 ) -> Report:
     """Fit runs and write their report.
 
     Args:
-        rows: of one sweep, of one scaled axis.
+        runs: of one sweep, of one scaled axis.
         folder: of the report; made if missing.
         title: of the report.
         level: probability that the intervals hold, between 0 and 1.
         command: that makes this report, to be printed in it.
-        source: table that the rows come from, to be printed in it.
 
     Returns:
         Where everything is, and the verdicts.
@@ -75,18 +68,24 @@ def make_report(
     markdown, page = folder / "report.md", folder / "report.html"
     figures = folder / "figures"
     check_writable([markdown, page, figures / "x"], overwrite=True, option="--out")
-    study = study_rows(rows, level=level)
-    document = write_contents(study, title=title, command=command, source=source)
+    study = study_rows(runs.rows, level=level, seeds_known=runs.seeds_known)
+    document = write_contents(
+        study, title=title, command=command, source=runs.table, notes=runs.notes
+    )
     drawings = {}
     with explained_failure(folder, "--out"):
         for name, draw in _figures(study).items():
             drawings[name] = write_figure(draw, figures, name)
         publish_text(markdown, to_markdown(document))
         publish_text(page, to_html(document, drawings))
-    files = tuple(figures / f"{name}.{suffix}" for name in drawings for suffix in ("svg", "png"))
-    verdicts = {arm.name: arm.verdict for arm in study.arms}
-    optima = optima_table(study)
-    return Report(markdown=markdown, page=page, figures=files, verdicts=verdicts, optima=optima)
+    return Report(
+        markdown=markdown,
+        page=page,
+        figures=tuple(figures / f"{name}.{kind}" for name in drawings for kind in ("svg", "png")),
+        verdicts={arm.name: arm.verdict for arm in study.arms},
+        optima=optima_table(study),
+        notes=runs.notes,
+    )
 
 
 def _figures(study: Study) -> dict[str, Callable[[], Any]]:

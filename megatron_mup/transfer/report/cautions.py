@@ -51,10 +51,14 @@ def minimum_notes(arm: Arm, minimum: Minimum) -> list[str]:
         notes.append(
             f"{counted(minimum.points, 'learning rate')} in the fit: nothing is left to test it"
         )
-    if len(set(curve.seeds)) == 1:
-        notes.append("one seed")
     # An edge's reason says all; loss and curvature lack for the same one.
-    told = (minimum.log2_lr, minimum.loss, minimum.curvature)[: 1 if minimum.edge else 3]
+    told = [minimum.log2_lr, minimum.loss, minimum.curvature][: 1 if minimum.edge else 3]
+    if not arm.seeds_known:
+        notes.append("seeds not known")
+        # A fit takes unknown seeds for one, and says so of the loss.
+        told = [estimate for estimate in told if estimate is not minimum.loss]
+    elif len(set(curve.seeds)) == 1:
+        notes.append("one seed")
     notes += minimum.notes
     notes += [reason_of(estimate) for estimate in told if estimate.reason is not None]
     notes += _without_loss(arm.rows_at(minimum.size))
@@ -97,6 +101,12 @@ def arm_cautions(arm: Arm, axis: str) -> list[str]:
         (_sizes(minima, _misfit), f"the fitted curve does not describe the points {at} {{}}"),
         (_sizes(minima, _unknown), f"the runs {at} {{}} do not tell where the optimum lies"),
         (_one_seed(arm), f"one seed {at} {{}}: how much another seed would differ is not measured"),
+        (
+            _unknown_seeds(arm),
+            f"the seeds {at} {{}} are not known (--column seed=NAME names their column): runs at "
+            "one learning rate count as repeats, and how much another seed would differ is not "
+            "measured",
+        ),
         (_missing(arm), f"no run {at} {{}} has a final loss"),
     ]
     sentences = [text.format(found) for found, text in said if found]
@@ -128,7 +138,12 @@ def _sizes(minima: Sequence[Minimum], holds: Callable[[Minimum], bool]) -> str:
 
 
 def _one_seed(arm: Arm) -> str:
-    return listed(size_text(c.size) for c in arm.curves if len(set(c.seeds)) == 1)
+    single = [c for c in arm.curves if len(set(c.seeds)) == 1]
+    return listed(size_text(curve.size) for curve in single if arm.seeds_known)
+
+
+def _unknown_seeds(arm: Arm) -> str:
+    return "" if arm.seeds_known else listed(size_text(curve.size) for curve in arm.curves)
 
 
 def _missing(arm: Arm) -> str:

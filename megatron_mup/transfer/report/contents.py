@@ -6,6 +6,8 @@ Must not touch files.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from megatron_mup.transfer.fits import Estimate, Minimum
 from megatron_mup.transfer.report.cautions import arm_cautions, minimum_notes, study_cautions
 from megatron_mup.transfer.report.document import (
@@ -36,7 +38,9 @@ from megatron_mup.transfer.report.wording import (
 )
 
 
-def write_contents(study: Study, *, title: str, command: str = "", source: str = "") -> Document:
+def write_contents(
+    study: Study, *, title: str, command: str = "", source: str = "", notes: Sequence[str] = ()
+) -> Document:
     """Say everything that the report says.
 
     Args:
@@ -44,11 +48,12 @@ def write_contents(study: Study, *, title: str, command: str = "", source: str =
         title: of the report.
         command: that makes it.
         source: table that the runs come from.
+        notes: what to say of the runs, first of all that warns.
     """
     blocks: list[Block] = [
         *_verdicts(study),
         *_next_steps(study),
-        *_cautions(study),
+        *_cautions(study, notes),
         *_curves(study),
         *_optima(study),
         *_comparison(study),
@@ -90,8 +95,8 @@ def _next_steps(study: Study) -> list[Block]:
     return [Heading("What to run next"), Bullets(items)]
 
 
-def _cautions(study: Study) -> list[Block]:
-    items = [Paragraph(sentence(text)) for text in study_cautions(study)]
+def _cautions(study: Study, notes: Sequence[str]) -> list[Block]:
+    items = [Paragraph(sentence(text)) for text in (*notes, *study_cautions(study))]
     items += [
         Paragraph(sentence(text), f"{arm.name}:")
         for arm in study.arms

@@ -25,7 +25,7 @@ def provenance(study: Study, *, command: str, source: str) -> list[Block]:
         ("table of runs", source),
         ("sweep", shortened(_texts(row.sweep for row in rows))),
         ("runs", _runs(rows)),
-        ("seeds", shortened([str(seed) for seed in sorted({row.seed for row in rows})], most=12)),
+        ("seeds", _seeds(study)),
         ("run time, summed over runs", _hours(rows)),
         ("machine", shortened(_texts(row.machine for row in rows))),
         ("first and last start (UTC)", _period(rows)),
@@ -46,6 +46,12 @@ def provenance(study: Study, *, command: str, source: str) -> list[Block]:
             "'megatron-mup sweep config DIR CELL' prints it."
         ),
     ]
+
+
+def _seeds(study: Study) -> str:
+    if not study.seeds_known:
+        return ""
+    return shortened([str(seed) for seed in sorted({row.seed for row in study.rows})], most=12)
 
 
 def _texts(values: Iterable[str]) -> list[str]:

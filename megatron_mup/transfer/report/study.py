@@ -30,6 +30,9 @@ from megatron_mup.transfer.runs import Row, Status
 
 _FITTED = (Status.FINISHED, Status.DIVERGED)
 
+_Key = tuple[str, tuple[tuple[str, str], ...]]
+"""A variant, and its values on further axes."""
+
 BAND_POINTS = 17
 """Sizes at which a prediction is drawn: enough for a smooth band."""
 
@@ -48,6 +51,7 @@ class Arm:
         transfer: across the sizes.
         verdict: what the transfer says.
         predictions: (size, optimum there) from the smallest size to the one after the largest.
+        seeds_known: the rows tell which runs share a seed.
     """
 
     name: str
@@ -59,6 +63,7 @@ class Arm:
     transfer: Transfer
     verdict: Verdict
     predictions: tuple[tuple[float, Estimate], ...]
+    seeds_known: bool
 
     def rows_at(self, size: float) -> list[Row]:
         """Runs of one size."""
@@ -78,6 +83,7 @@ class Study:
         further_axes: option -> its values, in natural order.
         rows: all runs.
         left_out: name of each arm of which no run finished or diverged.
+        seeds_known: the rows tell which runs share a seed.
     """
 
     axis: str
@@ -88,6 +94,7 @@ class Study:
     further_axes: Mapping[str, tuple[str, ...]]
     rows: tuple[Row, ...]
     left_out: tuple[str, ...]
+    seeds_known: bool
 
     @property
     def zero_shot(self) -> str:
@@ -103,12 +110,13 @@ class Study:
         return _next_size(self.sizes)
 
 
-def study_rows(rows: Sequence[Row], *, level: float = 0.9) -> Study:
+def study_rows(rows: Sequence[Row], *, level: float = 0.9, seeds_known: bool = True) -> Study:
     """Group the runs and fit every arm.
 
     Args:
         rows: of one scaled axis.
         level: probability that the intervals hold, between 0 and 1.
+        seeds_known: the rows tell which runs share a seed; where not, all runs count as of one.
 
     Raises:
         DataError: there are no runs or none came to an end, they scale different things, or the
@@ -117,14 +125,14 @@ def study_rows(rows: Sequence[Row], *, level: float = 0.9) -> Study:
     axis, sizes = _check(rows, level)
     options = sorted({option for row in rows for option in row.settings})
     further = {option: _values_of(option, rows) for option in options}
-    grouped: dict[tuple[str, tuple[tuple[str, str], ...]], list[Row]] = {}
+    grouped: dict[_Key, list[Row]] = {}
     for row in rows:
         grouped.setdefault((row.arm, tuple(sorted(row.settings.items()))), []).append(row)
     # A variant's order is the user's; its values on further axes are sorted.
     variants = list(dict.fromkeys(row.arm for row in rows))
     keys = sorted(grouped, key=lambda key: (variants.index(key[0]), _natural_key(key[1])))
     arms = tuple(
-        _arm(key[0], dict(key[1]), grouped[key], sizes=sizes, level=level)
+        _arm(key, grouped[key], sizes=sizes, level=level, seeds_known=seeds_known)
         for key in keys
         if any(row.status in _FITTED for row in grouped[key])
     )
@@ -137,6 +145,7 @@ def study_rows(rows: Sequence[Row], *, level: float = 0.9) -> Study:
         further_axes=further,
         rows=tuple(rows),
         left_out=tuple(name for name in map(_name, keys) if name not in {a.name for a in arms}),
+        seeds_known=seeds_known,
     )
 
 
@@ -161,20 +170,20 @@ def _check(rows: Sequence[Row], level: float) -> tuple[str, tuple[float, ...]]:
 
 
 def _arm(
-    variant: str,
-    settings: Mapping[str, str],
+    key: _Key,
     rows: Sequence[Row],
     *,
     sizes: Sequence[float],
     level: float,
+    seeds_known: bool,
 ) -> Arm:
     curves = curves_of(rows)
     minima = fit_minima(curves, level=level)
     transfer = measure_transfer(minima, curves, level=level)
     return Arm(
-        name=_name((variant, tuple(settings.items()))),
-        variant=variant,
-        settings=settings,
+        name=_name(key),
+        variant=key[0],
+        settings=dict(key[1]),
         rows=tuple(rows),
         curves=tuple(curves),
         minima=tuple(minima),
@@ -184,10 +193,11 @@ def _arm(
             (size, predict_log2_lr(minima, size, level=level))
             for size in _predicted_sizes(sizes[0], _next_size(sizes))
         ),
+        seeds_known=seeds_known,
     )
 
 
-def _name(key: tuple[str, tuple[tuple[str, str], ...]]) -> str:
+def _name(key: _Key) -> str:
     """A variant with its values on further axes."""
     return ", ".join([key[0], *(f"{short_option(option)} {value}" for option, value in key[1])])
 

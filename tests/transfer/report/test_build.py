@@ -8,6 +8,7 @@ import pytest
 
 from megatron_mup.errors import DataError
 from megatron_mup.transfer.report.build import Report, make_report
+from megatron_mup.transfer.report.source import Reported
 from megatron_mup.transfer.runs import Status
 from tests.transfer.report.sample_rows import a_row, arm_rows, two_arms
 
@@ -18,7 +19,8 @@ COMMAND = "megatron-mup sweep report out"
 def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
     """Two arms, one that transfers and one that leaves the grid."""
     folder = tmp_path_factory.mktemp("report")
-    return make_report(two_arms(), folder, title="muP & SP", command=COMMAND, source="out/runs.csv")
+    runs = Reported(rows=tuple(two_arms()), table="out/runs.csv")
+    return make_report(runs, folder, title="muP & SP", command=COMMAND)
 
 
 def chapters(report: Report) -> dict[str, str]:
@@ -129,7 +131,7 @@ def test_further_axes_have_a_figure_each_and_an_arm_for_every_value(tmp_path: Pa
             grid = {"sizes": (64, 128), "seeds": (1, 2), "log2_lrs": (-8, -7, -6, -5, -4)}
             rows += arm_rows("mup", optimum=-6, settings=settings, **grid)
 
-    report = make_report(rows, tmp_path, title="axes")
+    report = make_report(Reported(rows=tuple(rows)), tmp_path, title="axes")
 
     found = chapters(report)
     assert {"Against kind", "Against power"} <= set(found)
@@ -157,7 +159,7 @@ def test_poor_runs_make_a_report_that_claims_nothing(tmp_path: Path, case, words
         "one size": lambda: arm_rows("mup", optimum=-6, sizes=(64,)),
     }[case]()
 
-    report = make_report(rows, tmp_path, title="poor")
+    report = make_report(Reported(rows=tuple(rows)), tmp_path, title="poor")
 
     assert words in report.markdown.read_text(encoding="utf-8")
     assert {verdict.outcome for verdict in report.verdicts.values()} == {"cannot tell"}
@@ -167,9 +169,9 @@ def test_a_report_that_could_not_be_written_is_refused_before_the_fits(tmp_path:
     (tmp_path / "taken").write_text("a file")
 
     with pytest.raises(DataError, match="--out"):
-        make_report([a_row()], tmp_path / "taken", title="x")
+        make_report(Reported(rows=(a_row(),)), tmp_path / "taken", title="x")
 
 
 def test_nothing_to_report_is_an_error(tmp_path: Path):
     with pytest.raises(DataError, match="no runs to report"):
-        make_report([], tmp_path, title="x")
+        make_report(Reported(rows=()), tmp_path, title="x")

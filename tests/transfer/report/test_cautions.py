@@ -63,6 +63,17 @@ def test_one_seed_and_three_points_are_said():
     assert "3 learning rates in the fit: nothing is left to test it" in notes
 
 
+def test_unknown_seeds_are_not_called_one_seed():
+    rows = arm_rows("theirs", optimum=-6, seeds=(1, 1, 1), sizes=(64, 128))
+
+    (arm,) = study_rows(rows, seeds_known=False).arms
+
+    text = "\n".join([*arm_cautions(arm, "width"), *minimum_notes(arm, arm.minima[0])])
+    assert "the seeds at width 64 and 128 are not known (--column seed=NAME names" in text
+    assert "seeds not known" in text
+    assert "one seed" not in text
+
+
 def test_a_size_of_which_every_run_diverged_or_failed_is_said():
     lost = {"status": Status.DIVERGED, "validation_loss": math.nan}
     gone = {"status": Status.FAILED, "validation_loss": math.nan}

@@ -9,20 +9,11 @@ import typer
 from typer.testing import CliRunner
 
 from megatron_mup.errors import ConfigError, DataError
-from megatron_mup.transfer.report.command import (
-    make_folder_report,
-    mixed_data,
-    report_command,
-    rows_of,
-    rows_of_sweep,
-    summary,
-    table_of,
-)
-from megatron_mup.transfer.runs import Row, append_row, write_parquet
-from megatron_mup.transfer.sweep.cells import with_rate_and_seed
-from megatron_mup.transfer.sweep.folder import SweepFolder
+from megatron_mup.transfer.report.command import make_folder_report, report_command, summary
+from megatron_mup.transfer.report.source import mixed_data, table_of
+from megatron_mup.transfer.runs import append_row, read_rows, write_parquet
+from tests.transfer.report.folders import TEN, TWENTY, folder_of, rows_of_cells
 from tests.transfer.report.sample_rows import a_row, arm_rows
-from tests.transfer.sweep.sweeps import cells_of, row_of, sweep_of
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +54,7 @@ def test_the_report_of_a_sweep_lies_in_its_folder(sweep):
 
 
 def test_level_title_and_folder_can_be_chosen(sweep, tmp_path):
-    rows = rows_of(sweep / "runs.csv", [])
+    rows = read_rows(sweep / "runs.csv")
     write_parquet(tmp_path / "copy.parquet", rows)
 
     run(
@@ -85,32 +76,18 @@ def test_level_title_and_folder_can_be_chosen(sweep, tmp_path):
 def test_a_table_of_another_program_is_read_by_its_columns(tmp_path):
     lines = ["n_embd,learning_rate,val/loss"]
     for size in (64, 128):
-        for lr, loss in ((0.004, 3.2), (0.008, 3.0), (0.016, 3.1), (0.032, "nan")):
+        for lr, loss in ((0.004, 3.2), (0.008, 3.0), (0.016, 3.1), (0.032, "nan"), (0.064, "")):
             lines.append(f"{size},{lr},{loss}")
     (tmp_path / "theirs.csv").write_text("\n".join(lines) + "\n")
     columns = ["width=n_embd", "lr=learning_rate", "loss=val/loss"]
 
-    rows = rows_of(tmp_path / "theirs.csv", columns)
-
-    assert [row.size for row in rows] == [64.0] * 4 + [128.0] * 4
     options = [word for column in columns for word in ("--column", column)]
-    code, _ = run(str(tmp_path / "theirs.csv"), *options)
+    code, printed = run(str(tmp_path / "theirs.csv"), *options)
     assert code == 0
+    assert printed[0].startswith("2 lines of the table have no loss in the column 'val/loss'")
     text = (tmp_path / "report/report.md").read_text(encoding="utf-8")
     assert "8 runs: 6 finished, 2 diverged" in text
-
-
-@pytest.mark.parametrize(
-    ("columns", "words"),
-    [
-        (["width"], "--column 'width' must be NAME=COLUMN"),
-        (["width="], "must be NAME=COLUMN"),
-        (["lr=a", "lr=b"], "--column lr is given twice: a and b"),
-    ],
-)
-def test_columns_in_another_form_are_refused(tmp_path, columns, words):
-    with pytest.raises(ConfigError, match=words):
-        rows_of(tmp_path / "t.csv", columns)
+    assert "| seeds | not recorded |" in text
 
 
 def test_a_missing_table_and_a_wrong_level_are_refused_at_once(tmp_path):
@@ -118,25 +95,6 @@ def test_a_missing_table_and_a_wrong_level_are_refused_at_once(tmp_path):
         table_of(tmp_path)
     with pytest.raises(ConfigError, match=r"--level 1\.5 is no probability"):
         run(str(tmp_path), "--level", "1.5")
-
-
-TEN = {"learning_rate": {"log2": [-8, -7, -6, -5, -4]}, "seeds": [1]}
-TWENTY = {**TEN, "tokens": {"rule": "fixed_tokens", "tokens": 1200}}
-
-
-def rows_of_cells(options, *, level: float = 3.0, **changes) -> list[Row]:
-    """A finished run of each cell."""
-    return [
-        row_of(cell, level + 0.05 * (cell.log2_lr + 6) ** 2, **changes)
-        for cell in cells_of(**options)
-    ]
-
-
-def folder_of(path: Path, options, rows: list[Row]) -> Path:
-    SweepFolder(path).write_sweep(sweep_of(**options))
-    for row in rows:
-        append_row(path / "runs.csv", row)
-    return path
 
 
 def test_rows_of_an_earlier_yaml_of_the_folder_enter_no_fit(tmp_path):
@@ -149,47 +107,11 @@ def test_rows_of_an_earlier_yaml_of_the_folder_enter_no_fit(tmp_path):
     assert ["3.0000 [" in line for line in lines[3:5]] == [True, True]
     text = report.markdown.read_text(encoding="utf-8")
     assert "10 runs: 10 finished" in text
-    assert f"{tmp_path}/runs.csv; 10 of 20 rows are left out" in text
+    assert "- 10 of 20 rows are left out: of no run that sweep.yaml asks for." in text
     # The table itself is used whole.
     whole = make_folder_report(tmp_path / "runs.csv", out=tmp_path / "whole")
     assert whole.notes == ()
     assert "20 runs: 20 finished" in whole.markdown.read_text(encoding="utf-8")
-
-
-def test_runs_that_refinement_added_stay_and_those_on_other_shards_go(tmp_path):
-    rows = rows_of_cells(TEN)
-    cell = with_rate_and_seed(cells_of(**TEN)[0], log2_lr=-6.5, seed=4)
-    added = a_row(cell=cell.id, arm="base", size=32.0, log2_lr=-6.5, seed=4)
-    cell = with_rate_and_seed(cell, log2_lr=-7.5, seed=4)
-    old = a_row(
-        cell=cell.id,
-        arm="base",
-        size=32.0,
-        log2_lr=-7.5,
-        seed=4,
-        data_sha256="e" * 64,
-        started="2026-01-01T00:00:00+00:00",
-    )
-    folder_of(tmp_path, TEN, [])
-
-    kept, notes = rows_of_sweep(tmp_path, [*rows, added, old])
-
-    assert kept == [*rows, added]
-    assert notes == [
-        "1 of 12 rows are left out: on other shards than the run that started last (column "
-        "data_sha256)"
-    ]
-    assert rows_of_sweep(tmp_path, [*rows, added]) == ([*rows, added], [])
-
-
-def test_a_yaml_that_cannot_be_read_any_more_leaves_all_rows(tmp_path):
-    rows = rows_of_cells(TEN)
-    assert rows_of_sweep(tmp_path, rows) == (rows, [])
-    (tmp_path / "sweep.yaml").write_text("name: x\nstairs: {}\n")
-    kept, (note,) = rows_of_sweep(tmp_path, rows)
-    assert kept == rows
-    assert note.startswith("all 10 rows are used: sweep.yaml cannot be read (")
-    assert "stairs" in note
 
 
 def test_a_folder_without_a_row_of_its_yaml_is_refused(tmp_path):

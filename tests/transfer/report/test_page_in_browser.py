@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from megatron_mup.transfer.report.build import make_report
+from megatron_mup.transfer.report.source import Reported
 from tests.transfer.report.browser import Page, find_browser, opened_browser
 from tests.transfer.report.sample_rows import arm_rows, two_arms
 
@@ -41,7 +42,8 @@ def page(tmp_path_factory: pytest.TempPathFactory):
         for row in arm_rows("mup", optimum=-6, settings={"power": value}, sizes=(64, 128))
     ]
     folder = tmp_path_factory.mktemp("report")
-    report = make_report([*two_arms(), *rows], folder, title="In a browser")
+    runs = Reported(rows=(*two_arms(), *rows))
+    report = make_report(runs, folder, title="In a browser")
     with opened_browser(tmp_path_factory.mktemp("profile")) as tab:
         tab.open(report.page.as_uri())
         yield tab
