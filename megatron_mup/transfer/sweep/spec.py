@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mup.config_io import read_sections
-from megatron_mup.transfer.runs import AXES
+from megatron_mup.transfer.runs import AXES, look_like_rates
 from megatron_mup.transfer.sweep.reading import Part, read_yaml
 
 DEFAULT_CORPUS_BYTES = 6_000_000
@@ -195,7 +195,7 @@ def sweep_from_dict(data: Any, *, origin: str) -> Sweep:
         base={str(key): dict(value) for key, value in top.mappings("base").items()},
         axis=axis,
         sizes=_sizes(scale, axis),
-        log2_lrs=_grids(top.part("learning_rate", (*_GRID_KEYS, "arms")), arms),
+        log2_lrs=_grids(_rates(top), arms),
         seeds=tuple(int(seed) for seed in seeds),
         seeds_within_octaves=top.number("seeds_within_octaves", least=0.0),
         tokens=_budget(top, axis),
@@ -219,6 +219,18 @@ def _sizes(scale: Part, axis: str) -> tuple[float, ...]:
     return tuple(sizes)
 
 
+def _rates(top: Part) -> Part:
+    """The mapping of learning rates; numbers alone might be rates or their log2."""
+    value = top.value("learning_rate")
+    if isinstance(value, list | int | float):
+        raise top.error(
+            "learning_rate",
+            f"is {value!r}; give log2 of the learning rates, such as {{log2: [-9, -7.5]}}: 0.001 "
+            f"is {math.log2(0.001):.2f}",
+        )
+    return top.part("learning_rate", (*_GRID_KEYS, "arms"))
+
+
 def _grids(rates: Part, arms: Iterable[str]) -> dict[str, tuple[float, ...]]:
     """The grid of each arm: its own where there is one."""
     own = rates.part("arms", list(arms), empty=True)
@@ -229,6 +241,14 @@ def _grids(rates: Part, arms: Iterable[str]) -> dict[str, tuple[float, ...]]:
 def _checked_grid(rates: Part) -> tuple[float, ...]:
     """The grid, unless one of it can be no learning rate."""
     grid = _grid(rates)
+    if look_like_rates(grid):
+        key = "log2" if rates.has("log2") else "log2_min"
+        meant = ", ".join(f"{math.log2(rate):.4g}" for rate in grid)
+        raise rates.error(
+            key,
+            f"gives {', '.join(f'{rate:g}' for rate in grid)}, which look like learning rates and "
+            f"not like their log2; for these learning rates give log2: [{meant}]",
+        )
     far = [log2_lr for log2_lr in grid if abs(log2_lr) > _LARGEST_LOG2]
     if far:
         key = "log2" if rates.has("log2") else "log2_min" if far[0] < 0 else "log2_max"

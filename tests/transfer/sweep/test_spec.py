@@ -72,6 +72,11 @@ def test_an_arm_may_have_a_grid_of_its_own() -> None:
         sweep_of(arms=arms, learning_rate={"arms": own})
 
 
+def test_a_grid_of_eighths_between_1_and_2_is_one() -> None:
+    sweep = sweep_of(learning_rate={"log2_min": 0.125, "log2_max": 0.875, "step": 0.375})
+    assert sweep.log2_lrs == {"base": (0.125, 0.5, 0.875)}
+
+
 def test_what_is_left_out_has_defaults() -> None:
     sweep = sweep_of(seeds=None, tokens=None, warmup_fraction=None, run=None)
     assert (sweep.seeds, sweep.seeds_within_octaves) == ((1,), None)
@@ -102,6 +107,19 @@ def test_what_is_left_out_has_defaults() -> None:
         ({"learning_rate": {"log2": [-5, "fast"]}}, r"log2 is 'fast'; give a finite number"),
         ({"learning_rate": {"log2": [-5, True]}}, r"log2 is True; give a finite number"),
         ({"learning_rate": {"log2": [-5], "step": 1}}, r"given together with log2_min"),
+        (
+            {"learning_rate": [0.001, 0.01]},
+            r"learning_rate is \[0.001, 0.01\]; give log2 of .* 0.001 is -9.97",
+        ),
+        (
+            # log2(0.001) = -9.966, log2(0.01) = -6.644.
+            {"learning_rate": {"log2": [0.001, 0.01]}},
+            r"log2 gives 0.001, 0.01, which look like .* give log2: \[-9.966, -6.644\]",
+        ),
+        (
+            {"learning_rate": {"log2_min": 0.001, "log2_max": 0.003, "step": 0.002}},
+            r"learning_rate.log2_min gives 0.001, 0.003, which look like learning rates",
+        ),
         ({"learning_rate": {"log2": [-5, 2000]}}, r"log2 gives the learning rate 2\^2000; give"),
         (
             {"learning_rate": {"log2_min": -101, "log2_max": -3, "step": 1}},
