@@ -1,20 +1,26 @@
 """What a report is made of: the runs of a sweep's folder or of a table, and what to say of them.
 
-A folder's ``sweep.yaml`` says which rows count. Fits and writes nothing.
+A folder's ``sweep.yaml`` says which rows count and which runs are still to come. Fits nothing but
+what refinement decides by, and writes nothing.
 """
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_mup.errors import ConfigError, DataError, MupError
 from megatron_mup.transfer.foreign_rows import read_foreign
+from megatron_mup.transfer.report.wording import counted, shortened, size_text
 from megatron_mup.transfer.runs import Row, read_rows
-from megatron_mup.transfer.sweep.cells import make_cells
+from megatron_mup.transfer.sweep.cells import Cell, make_cells
 from megatron_mup.transfer.sweep.folder import SweepFolder
+from megatron_mup.transfer.sweep.order import ended
 from megatron_mup.transfer.sweep.own_rows import on_last_data, own_rows
+from megatron_mup.transfer.sweep.refinement import strategy_of
+from megatron_mup.transfer.sweep.spec import Sweep
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +29,7 @@ class Reported:
 
     Attributes:
         rows: of these runs.
-        notes: what was left out and what does not compare; in words.
+        notes: what was left out, what is missing, what does not compare; in words.
         seeds_known: the table names the runs' seeds.
         table: that the runs come from, to be printed; empty: not said.
     """
@@ -97,7 +103,7 @@ def rows_of_sweep(source: Path, rows: Sequence[Row]) -> tuple[list[Row], list[st
         rows: of its table.
 
     Returns:
-        The rows, and in words how many are left out and why.
+        The rows, and in words how many are missing, and how many are left out and why.
 
     Raises:
         DataError: no row is of such a run.
@@ -106,7 +112,8 @@ def rows_of_sweep(source: Path, rows: Sequence[Row]) -> tuple[list[Row], list[st
     if not folder.sweep_yaml.exists():
         return list(rows), []
     try:
-        cells = make_cells(folder.read_sweep(), folder.data)
+        sweep = folder.read_sweep()
+        cells = make_cells(sweep, folder.data)
     except MupError as error:
         reason = " ".join(str(error).split())
         return list(rows), [f"all {len(rows)} rows are used: sweep.yaml cannot be read ({reason})"]
@@ -122,7 +129,66 @@ def rows_of_sweep(source: Path, rows: Sequence[Row]) -> tuple[list[Row], list[st
         "on other shards than the run that started last (column data_sha256)": len(own) - len(last),
     }
     said = [f"{count} of {len(rows)} rows are left out: {why}" for why, count in left_out.items()]
-    return last, [words for words in said if not words.startswith("0 ")]
+    missing = missing_runs(sweep, cells, last, folder=folder)
+    return last, [*missing, *(words for words in said if not words.startswith("0 "))]
+
+
+def missing_runs(
+    sweep: Sweep, cells: Sequence[Cell], rows: Sequence[Row], *, folder: SweepFolder
+) -> list[str]:
+    """What to say of runs that the sweep asks for and that have not ended, or have failed.
+
+    Further seeds that wait for the first one's losses, and what refinement has not decided yet,
+    are no missing runs; that they may come is said. ``sweep status`` counts alike.
+
+    Args:
+        sweep: as asked for.
+        cells: all cells of its grid.
+        rows: that are reported on.
+        folder: of the sweep.
+    """
+    known = {row.cell: row for row in rows}
+    strategy = strategy_of(sweep, cells)
+    wanted, undecided = strategy.wanted(known), strategy.undecided(known)
+    left = [cell for cell in wanted if not ended(known.get(cell.id))]
+    if not left:
+        return []
+    failed = sum(cell.id in known for cell in left)
+    lost = f" ({failed} failed)" if failed else ""
+    verb = "is" if len(left) == 1 else "are"
+    said = [f"{len(left)} of {counted(len(wanted), 'run')} {verb} missing{lost}: {_places(left)}"]
+    if undecided:
+        said.append(
+            f"up to {counted(len(undecided), 'run')} of further seeds wait for those of the first"
+        )
+    if sweep.refine is not None:
+        said.append("refinement adds runs when these have ended")
+    recorded = {row.cell for row in folder.rows()}
+    of_tasks = sum(cell.id in recorded and cell.id not in known for cell in left)
+    if of_tasks:
+        merge = shlex.join(["megatron-mup", "sweep", "merge", str(folder.path)])
+        where = "is in a table" if of_tasks == 1 else "are in tables"
+        said.append(f"{of_tasks} of them {where} of tasks, which '{merge}' takes over")
+    words = ["megatron-mup", "sweep", "run", str(folder.sweep_yaml), "--out", str(folder.path)]
+    return ["; ".join([*said, f"'{shlex.join(words)}' goes on"])]
+
+
+def _places(cells: Sequence[Cell]) -> str:
+    """Arms and sizes with the number of their runs."""
+    counts: dict[object, list[Cell]] = {}
+    for cell in cells:
+        counts.setdefault(cell.curve, []).append(cell)
+    return shortened(
+        [
+            f"{of_it[0].arm}{_further(of_it[0])} {of_it[0].axis} {size_text(of_it[0].size)} "
+            f"({len(of_it)})"
+            for of_it in counts.values()
+        ]
+    )
+
+
+def _further(cell: Cell) -> str:
+    return "".join(f" {key.split('.')[-1]}={text}" for key, text in cell.settings.items())
 
 
 def mixed_data(rows: Sequence[Row]) -> list[str]:
