@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from megatron_mup.transfer.fits import Minimum
-from megatron_mup.transfer.report.study import Arm, Study, means_of
+from megatron_mup.transfer.fits import Curve, Minimum
+from megatron_mup.transfer.report.study import Arm, Study, divergence_of, means_of
 from megatron_mup.transfer.report.wording import (
     counted,
     listed,
@@ -59,10 +59,44 @@ def minimum_notes(arm: Arm, minimum: Minimum) -> list[str]:
         told = [estimate for estimate in told if estimate is not minimum.loss]
     elif len(set(curve.seeds)) == 1:
         notes.append("one seed")
+    notes += _divergence_notes(arm, curve, minimum)
     notes += minimum.notes
     notes += [reason_of(estimate) for estimate in told if estimate.reason is not None]
     notes += _without_loss(arm.rows_at(minimum.size))
     return list(dict.fromkeys(notes))
+
+
+def _divergence_notes(arm: Arm, curve: Curve, minimum: Minimum) -> list[str]:
+    """Learning rates that the fit leaves out because some of their runs diverged, or beyond such.
+
+    The window of a fit ends at a learning rate at which any run diverged (``fits.window``).
+    """
+    lost = divergence_of(curve)
+    some = [(at, count, runs) for at, count, runs in lost if count < runs]
+    noun = "seed" if arm.seeds_known else "run"
+    said = [f"{count} of {counted(runs, noun)} diverged at 2^{at:g}" for at, count, runs in some]
+    notes = []
+    if said:
+        left_out = "that learning rate is" if len(said) == 1 else "these learning rates are"
+        notes.append(f"{listed(said)}: {left_out} left out of the fit")
+    beyond = _beyond(curve, minimum)
+    if beyond:
+        shown = listed(f"2^{at:g}" for at in beyond)
+        notes.append(f"{shown}: left out of the fit, as runs nearer to the lowest loss diverged")
+    return notes
+
+
+def _beyond(curve: Curve, minimum: Minimum) -> list[float]:
+    """Learning rates without a diverged run that one with such parts from the lowest loss."""
+    lost = {at for at, _, _ in divergence_of(curve)}
+    if minimum.lowest is None:
+        return []
+    best = minimum.lowest[0]
+    return [
+        at
+        for at, _ in means_of(curve)
+        if at not in lost and any(min(at, best) < other < max(at, best) for other in lost)
+    ]
 
 
 def _without_loss(rows: Iterable[Row]) -> list[str]:

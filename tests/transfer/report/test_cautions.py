@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 from megatron_mup.transfer.fits import Estimate, Minimum
 from megatron_mup.transfer.report.cautions import arm_cautions, minimum_notes, study_cautions
@@ -72,6 +73,49 @@ def test_unknown_seeds_are_not_called_one_seed():
     assert "the seeds at width 64 and 128 are not known (--column seed=NAME names" in text
     assert "seeds not known" in text
     assert "one seed" not in text
+
+
+def test_a_learning_rate_that_a_diverged_seed_takes_out_of_the_fit_is_named():
+    lost = {"status": Status.DIVERGED, "validation_loss": math.nan}
+    rows = arm_rows("mup", optimum=-6, sizes=(64,))
+    rows = [
+        replace(row, **lost) if (row.log2_lr, row.seed) in ((-4, 2), (-4, 3), (-8, 1)) else row
+        for row in rows
+    ]
+
+    arm = the_arm(rows)
+
+    notes = minimum_notes(arm, arm.minima[0])
+    assert (
+        "1 of 3 seeds diverged at 2^-8 and 2 of 3 seeds diverged at 2^-4: these learning rates are "
+        "left out of the fit"
+    ) in notes
+    assert "2^-9 and 2^-3: left out of the fit, as runs nearer to the lowest loss diverged" in notes
+    # What is said is what the fit does: -7, -6 and -5 remain, with three seeds.
+    assert (arm.minima[0].points, arm.minima[0].runs) == (3, 9)
+
+
+def test_learning_rates_beyond_all_others_at_which_all_diverged_need_no_word():
+    lost = {"status": Status.DIVERGED, "validation_loss": math.nan}
+    rows = arm_rows("mup", optimum=-6, sizes=(64,))
+    rows = [replace(row, **lost) if row.log2_lr > -4 else row for row in rows]
+
+    arm = the_arm(rows)
+
+    assert not [note for note in minimum_notes(arm, arm.minima[0]) if "left out" in note]
+
+
+def test_one_diverged_seed_is_said_in_the_singular():
+    rows = arm_rows("mup", optimum=-6, sizes=(64,))
+    lost = {"status": Status.DIVERGED, "validation_loss": math.nan}
+    rows = [replace(row, **lost) if (row.log2_lr, row.seed) == (-3, 1) else row for row in rows]
+
+    (arm,) = study_rows(rows).arms
+    (unknown,) = study_rows(rows, seeds_known=False).arms
+
+    said = "1 of 3 seeds diverged at 2^-3: that learning rate is left out of the fit"
+    assert said in minimum_notes(arm, arm.minima[0])
+    assert said.replace("seeds", "runs") in minimum_notes(unknown, unknown.minima[0])
 
 
 def test_a_size_of_which_every_run_diverged_or_failed_is_said():
