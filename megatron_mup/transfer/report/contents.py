@@ -20,7 +20,7 @@ from megatron_mup.transfer.report.document import (
     Table,
 )
 from megatron_mup.transfer.report.provenance import provenance
-from megatron_mup.transfer.report.study import Arm, Study, short_option
+from megatron_mup.transfer.report.study import Arm, Study, has_uneven_seeds, short_option
 from megatron_mup.transfer.report.wording import (
     OUR_DEFINITION,
     UNITS,
@@ -107,8 +107,8 @@ def _cautions(study: Study, notes: Sequence[str]) -> list[Block]:
 
 def _curves(study: Study) -> list[Block]:
     caption = (
-        "Faint points are runs, full points means over seeds, thick lines the fitted curves over "
-        "the learning rates that they use, white diamonds the minima with their "
+        f"Faint points are runs, full points means over seeds{_corrected(study)}, thick lines the "
+        "fitted curves over the learning rates that they use, white diamonds the minima with their "
         f"{study.level:.0%} intervals; a diamond without a bar has none, and a black arrow is a "
         "side without a bound. A hollow point with an arrow is the lowest one, at the edge of the "
         "usable learning rates: the optimum may lie "
@@ -119,6 +119,16 @@ def _curves(study: Study) -> list[Block]:
         Heading("Loss against learning rate"),
         Figure("loss_curves", "Validation loss against log2 learning rate, by arm", caption),
     ]
+
+
+def _corrected(study: Study) -> str:
+    """What means over unequal seeds are, for a caption."""
+    if not any(has_uneven_seeds(curve) for arm in study.arms for curve in arm.curves):
+        return ""
+    return (
+        " (where seeds are missing, corrected by how those that ran differ from the others at the "
+        "learning rates that they share, as in the fit)"
+    )
 
 
 def _optima(study: Study) -> list[Block]:

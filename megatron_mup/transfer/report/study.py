@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean
 
 from megatron_mup.errors import DataError
 from megatron_mup.transfer.fits import (
@@ -25,6 +24,7 @@ from megatron_mup.transfer.fits import (
     measure_transfer,
     predict_log2_lr,
 )
+from megatron_mup.transfer.fits.window import read_grid
 from megatron_mup.transfer.report.wording import size_text
 from megatron_mup.transfer.runs import Row, Status
 
@@ -233,12 +233,41 @@ def _final_loss(row: Row) -> float:
 
 
 def means_of(curve: Curve) -> list[tuple[float, float]]:
-    """(log2 LR, mean loss over the runs that did not diverge), by increasing LR."""
-    found: dict[float, list[float]] = {}
-    for log2_lr, loss in zip(curve.log2_lrs, curve.losses, strict=True):
+    """(log2 LR, mean loss over seeds of the runs that did not diverge), by increasing LR.
+
+    Where only some of the seeds ran, the mean is corrected for their levels, as the fit does: with
+    one seed at the outer learning rates, that seed's level would look like a misfit.
+    """
+    runs = list(zip(curve.log2_lrs, curve.losses, curve.seeds, strict=True))
+    ended = [run for run in runs if math.isfinite(run[1])]
+    if not _seeds_meet(ended):
+        # Then no level can be told from a learning rate's loss.
+        ended = [(at, loss, 0) for at, loss, _ in ended]
+    log2_lrs, losses, seeds = zip(*ended, strict=True) if ended else ((), (), ())
+    grid = read_grid(Curve(size=curve.size, log2_lrs=log2_lrs, losses=losses, seeds=seeds))
+    return list(zip(grid.log2_lrs, grid.means, strict=True))
+
+
+def _seeds_meet(runs: Sequence[tuple[float, float, int]]) -> bool:
+    """Whether each seed shares a learning rate with another one, and so on to all of them."""
+    at_rate: dict[float, set[int]] = {}
+    for log2_lr, _, seed in runs:
+        at_rate.setdefault(log2_lr, set()).add(seed)
+    groups: list[set[int]] = []
+    for seeds in at_rate.values():
+        touched = [group for group in groups if group & seeds]
+        groups = [group for group in groups if not group & seeds]
+        groups.append(seeds.union(*touched))
+    return len(groups) <= 1
+
+
+def has_uneven_seeds(curve: Curve) -> bool:
+    """Whether some learning rate lacks a seed that ended at another one."""
+    found: dict[float, set[int]] = {}
+    for log2_lr, loss, seed in zip(curve.log2_lrs, curve.losses, curve.seeds, strict=True):
         if math.isfinite(loss):
-            found.setdefault(log2_lr, []).append(loss)
-    return [(log2_lr, fmean(losses)) for log2_lr, losses in sorted(found.items())]
+            found.setdefault(log2_lr, set()).add(seed)
+    return len({frozenset(seeds) for seeds in found.values()}) > 1
 
 
 def divergence_of(curve: Curve) -> list[tuple[float, int, int]]:

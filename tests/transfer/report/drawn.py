@@ -69,7 +69,7 @@ def words_of(figure: Any) -> set[str]:
     return {text.get_text() for text in texts_of(figure)}
 
 
-def points_of(panel: Any, marker: str) -> list[tuple[float, float]]:
+def points_of(panel: Any, marker: Any) -> list[tuple[float, float]]:
     """Positions of everything drawn with one marker, by x."""
     lines = [line for line in panel.lines if line.get_marker() == marker]
     found = [(float(x), float(y)) for line in lines for x, y in zip(*line.get_data(), strict=True)]

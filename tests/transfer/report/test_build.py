@@ -165,6 +165,18 @@ def test_poor_runs_make_a_report_that_claims_nothing(tmp_path: Path, case, words
     assert {verdict.outcome for verdict in report.verdicts.values()} == {"cannot tell"}
 
 
+def test_a_caption_says_of_corrected_means_where_seeds_are_missing(tmp_path: Path):
+    words = "full points means over seeds (where seeds are missing, corrected by how"
+    rows = arm_rows("mup", optimum=-6, sizes=(64,))
+    uneven = [row for row in rows if row.seed == 1 or abs(row.log2_lr + 6) <= 1]
+
+    found = make_report(Reported(rows=tuple(uneven)), tmp_path, title="uneven")
+
+    assert words in chapters(found)["Loss against learning rate"]
+    even = make_report(Reported(rows=tuple(rows)), tmp_path / "even", title="even")
+    assert words not in chapters(even)["Loss against learning rate"]
+
+
 def test_a_report_that_could_not_be_written_is_refused_before_the_fits(tmp_path: Path):
     (tmp_path / "taken").write_text("a file")
 

@@ -8,6 +8,7 @@ from megatron_mup.errors import DataError
 from megatron_mup.transfer.report.study import (
     curves_of,
     divergence_of,
+    has_uneven_seeds,
     means_of,
     study_rows,
 )
@@ -52,8 +53,45 @@ def test_means_and_divergence_are_by_learning_rate():
 
     (curve,) = curves_of(rows)
 
-    assert means_of(curve) == [(-5.0, 3.25), (-4.0, 4.0)]
+    # The seed that is left at -4 lies 0.25 above the mean of both at -5.
+    assert means_of(curve) == [(-5.0, 3.25), (-4.0, pytest.approx(3.75))]
     assert divergence_of(curve) == [(-4.0, 1, 2)]
+
+
+def test_means_without_some_seeds_are_corrected_for_the_levels_of_the_others():
+    losses = {1: {-7.0: 3.2, -6.0: 3.1, -5.0: 3.3}, 2: {-6.0: 2.8}, 3: {-6.0: 3.1}}
+    rows = [
+        a_row(log2_lr=at, seed=seed, validation_loss=loss)
+        for seed, by_rate in losses.items()
+        for at, loss in by_rate.items()
+    ]
+
+    (curve,) = curves_of(rows)
+
+    # At -6 the mean is 3.0, and seed 1, which alone ran at -7 and -5, lies 0.1 above it.
+    assert means_of(curve) == [
+        (-7.0, pytest.approx(3.1)),
+        (-6.0, pytest.approx(3.0)),
+        (-5.0, pytest.approx(3.2)),
+    ]
+    assert has_uneven_seeds(curve)
+
+
+def test_seeds_that_never_meet_correct_nothing():
+    rows = [
+        a_row(log2_lr=at, seed=seed, validation_loss=loss)
+        for at, seed, loss in ((-7.0, 1, 3.2), (-6.0, 2, 3.0), (-6.0, 3, 3.2), (-5.0, 1, 3.3))
+    ]
+
+    (curve,) = curves_of(rows)
+
+    assert means_of(curve) == [(-7.0, 3.2), (-6.0, pytest.approx(3.1)), (-5.0, 3.3)]
+
+
+def test_seeds_that_all_ran_everywhere_need_no_correction():
+    (curve,) = curves_of(arm_rows("mup", optimum=-6, sizes=(64,)))
+
+    assert not has_uneven_seeds(curve)
 
 
 def test_arms_keep_the_order_of_the_rows_and_values_of_further_axes_are_sorted_as_numbers():
