@@ -112,8 +112,9 @@ def _curves(study: Study) -> list[Block]:
         f"{study.level:.0%} intervals; a diamond without a bar has none, and a black arrow is a "
         "side without a bound. A hollow point with an arrow is the lowest one, at the edge of the "
         "usable learning rates: the optimum may lie "
-        "beyond. Triangles at the top are means above the axis. Crosses are diverged runs: bold "
-        "where all seeds diverged, thin where some did."
+        "beyond. Arrows in the strip at the top are means above the axis, crosses are diverged "
+        "runs: bold where all seeds diverged, thin where some did. The strip has a row for each "
+        "size."
     )
     return [
         Heading("Loss against learning rate"),
@@ -127,7 +128,7 @@ def _corrected(study: Study) -> str:
         return ""
     return (
         " (where seeds are missing, corrected by how those that ran differ from the others at the "
-        "learning rates that they share, as in the fit)"
+        "learning rates that they share, because the fit has a level for each seed)"
     )
 
 

@@ -16,6 +16,7 @@ from megatron_mup.transfer.report.figure_optima import draw_arrow
 from megatron_mup.transfer.report.figure_style import (
     WIDTH,
     Mark,
+    arrow_up,
     legend_above,
     new_figure,
     size_marks,
@@ -25,8 +26,10 @@ from megatron_mup.transfer.report.study import Arm, Study, divergence_of, means_
 from megatron_mup.transfer.report.wording import size_text
 
 _STRIP_ROW = 0.055
-"""Height of a row of crosses, as a part of the range of the losses shown."""
+"""Height of a row of crosses and arrows, as a part of the range of the losses shown."""
 
+_BESIDE_POINTS = -4.5
+"""From an arrow to the cross of the same size and learning rate."""
 
 _BLACK = Mark("black", "")
 
@@ -54,7 +57,7 @@ def draw_curves(study: Study) -> Any:
         for curve, minimum in zip(arm.curves, arm.minima, strict=True):
             _draw_runs(panel, curve, marks[curve.size], scale)
             _draw_fit(panel, minimum, marks[curve.size])
-        _draw_divergence(panel, arm, marks, scale)
+        _draw_off_scale(panel, arm, marks, scale)
         panel.set_title(wrapped(arm.name, 84 // columns))
     for panel in list(panels.flat)[len(study.arms) :]:
         panel.axis("off")
@@ -64,13 +67,15 @@ def draw_curves(study: Study) -> Any:
 
 
 class LossScale:
-    """The common loss axis: it holds what the fits used, and a strip for diverged runs above.
+    """The common loss axis: it holds what the fits used, and a strip for all else above.
 
     Attributes:
         bottom: lowest loss shown.
         top: highest loss shown; above it lies the strip.
         empty: every run diverged, so that the axis has no numbers.
-        strip_rows: rows of the strip, one for each size with diverged runs.
+        diverged: sizes with diverged runs.
+        above: sizes with means above the highest loss shown.
+        strip_rows: rows of the strip, one for each of these sizes, so that no mark hides another.
     """
 
     def __init__(self, arms: Sequence[Arm]) -> None:
@@ -89,7 +94,13 @@ class LossScale:
         span = (self.top - lowest) or 0.1 * abs(lowest) or 1.0
         self.bottom = lowest - 0.07 * span
         self.top += 0.05 * span
-        self.strip_rows = sorted({c.size for c in curves if divergence_of(c)})
+        self.diverged = {curve.size for curve in curves if divergence_of(curve)}
+        self.above = {curve.size for curve in curves if self.means_above(curve)}
+        self.strip_rows = sorted(self.diverged | self.above)
+
+    def means_above(self, curve: Curve) -> list[float]:
+        """Learning rates of the means that the axis does not reach."""
+        return [at for at, loss in means_of(curve) if loss > self.top]
 
     @property
     def row_height(self) -> float:
@@ -102,7 +113,7 @@ class LossScale:
         return self.top + self.row_height * (len(self.strip_rows) + 0.5 * bool(self.strip_rows))
 
     def row_of(self, size: float) -> float:
-        """Height of a size's crosses."""
+        """Height of a size's crosses and arrows."""
         return self.top + self.row_height * (self.strip_rows.index(size) + 0.75)
 
 
@@ -125,9 +136,9 @@ def _draw_runs(panel: Any, curve: Curve, mark: Mark, scale: LossScale) -> None:
         marker=mark.marker,
         ms=4,
         color=mark.color,
+        # A point at the upper end is whole.
+        clip_on=False,
     )
-    above = [at for at, loss in means if loss > scale.top]
-    panel.plot(above, [scale.top] * len(above), ls="", marker=6, ms=6, color=mark.color)
 
 
 def _cut_at(points: Sequence[tuple[float, float]], top: float) -> list[tuple[float, float]]:
@@ -176,15 +187,31 @@ def _draw_edge(panel: Any, lowest: tuple[float, float], edge: str, mark: Mark) -
     panel.plot([at], [loss], ls="", marker=mark.marker, zorder=5, **face)
 
 
-def _draw_divergence(panel: Any, arm: Arm, marks: Mapping[float, Mark], scale: LossScale) -> None:
+def _draw_off_scale(panel: Any, arm: Arm, marks: Mapping[float, Mark], scale: LossScale) -> None:
+    """Crosses for diverged runs and arrows for means above the axis, a row for each size."""
+    from matplotlib.transforms import offset_copy
+
     if not scale.strip_rows:
         return
     panel.axhspan(scale.top, scale.end, color="0.95", lw=0, zorder=0)
+    beside = offset_copy(panel.transData, panel.figure, x=_BESIDE_POINTS, units="points")
     for curve in arm.curves:
+        if curve.size not in scale.strip_rows:
+            continue
+        mark, height = marks[curve.size], scale.row_of(curve.size)
+        lost_at = set()
         for at, lost, runs in divergence_of(curve):
-            mark, height = marks[curve.size], scale.row_of(curve.size)
+            lost_at.add(at)
             weight = 1.7 if lost == runs else 0.6
             panel.plot([at], [height], marker="x", ms=4.5, mew=weight, color=mark.color)
+        for at in scale.means_above(curve):
+            place = beside if at in lost_at else panel.transData
+            panel.plot([at], [height], color=mark.color, transform=place, **_above())
+
+
+def _above() -> dict[str, Any]:
+    """The mark of a mean above the axis."""
+    return {"ls": "", "marker": arrow_up(), "ms": 7, "mew": 0}
 
 
 def _finish(panels: Any, study: Study, scale: LossScale) -> None:
@@ -205,7 +232,8 @@ def _finish(panels: Any, study: Study, scale: LossScale) -> None:
     names = [f"{tick:.{digits}f}" for tick in kept]
     if scale.strip_rows:
         kept.append((scale.top + scale.end) / 2)
-        names.append("diverged")
+        both = scale.diverged and scale.above
+        names.append("off scale" if both else "diverged" if scale.diverged else "above")
     first.set_yticks(kept, names)
     for panel in panels.flat:
         panel.grid(True)
@@ -235,7 +263,9 @@ def _legend(study: Study, marks: Mapping[float, Mark], scale: LossScale) -> list
     if any(minimum.edge is not None for minimum in minima):
         hollow = {"marker": "o", "ms": 7, "mfc": "white", "mew": 1.3}
         handles.append(Line2D([], [], label="lowest point at edge", **(grey | hollow)))
-    if scale.strip_rows:
+    if scale.above:
+        handles.append(Line2D([], [], label="mean above the axis", **(grey | _above())))
+    if scale.diverged:
         cross = {"marker": "x", "ms": 4.5, "mew": 1.7}
         handles.append(Line2D([], [], label="diverged (thin: some)", **(grey | cross)))
     return handles

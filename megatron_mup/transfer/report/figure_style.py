@@ -13,6 +13,7 @@ import math
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,15 @@ def arm_marks(names: Sequence[str]) -> dict[str, Mark]:
         )
         for index, name in enumerate(names)
     }
+
+
+@cache
+def arrow_up() -> Any:
+    """A marker that no arm and no size has; one object, so that it equals itself."""
+    from matplotlib.path import Path
+
+    right = [(0.0, 1.0), (0.7, 0.1), (0.2, 0.1), (0.2, -1.0)]
+    return Path([*right, *((-x, y) for x, y in reversed(right))], closed=True)
 
 
 def axis_label(axis: str) -> str:

@@ -17,6 +17,7 @@ from megatron_mup.transfer.report.figure_optima import draw_estimate, draw_optim
 from megatron_mup.transfer.report.figure_style import (
     Mark,
     arm_marks,
+    arrow_up,
     new_figure,
     size_marks,
     style,
@@ -131,9 +132,50 @@ def test_the_numbers_of_the_losses_stand_at_their_places(steepness):
     figure = drawn(lambda: draw_curves(study_rows(rows)))
 
     (panel,) = figure.axes
-    shown = [float(text.get_text()) for text in panel.get_yticklabels()]
+    *numbers, strip = (text.get_text() for text in panel.get_yticklabels())
+    shown = [float(number) for number in numbers]
     assert len(shown) > 3
-    assert shown == pytest.approx(list(panel.get_yticks()))
+    assert shown == pytest.approx(list(panel.get_yticks())[:-1])
+    # 3 octaves above the optimum the loss is higher than the fit's points by more than the axis is.
+    assert strip == "above"
+
+
+def test_means_above_the_axis_have_a_mark_and_a_row_of_their_own():
+    rates = tuple(range(-11, 0))
+    rows = arm_rows("mup", optimum=-7.5, log2_lrs=rates, diverges_above=6.0)
+    study = study_rows(rows)
+
+    figure = drawn(lambda: draw_curves(study))
+
+    (panel,) = figure.axes
+    arrows = points_of(panel, arrow_up())
+    # 0.03 x 4.5^2 x 1.45 = 0.88 nats above the lowest of width 64, whose loss is the highest.
+    assert [at for at, _ in arrows] == [-3.0, -2.0, -2.0, -2.0, -2.0]
+    assert len({height for _, height in arrows}) == 4
+    assert min(height for _, height in arrows) > LossScale(study.arms).top
+    crosses = points_of(panel, "x")
+    assert {at for at, _ in crosses} == {-1.0}
+    assert {height for _, height in crosses} == {height for _, height in arrows}
+    assert {"mean above the axis", "diverged (thin: some)", "off scale"} <= words_of(figure)
+    assert arrow_up() not in {mark.marker for mark in size_marks(range(1, 30)).values()}
+
+
+def test_an_arrow_stands_beside_the_cross_of_the_same_size_and_rate():
+    rows = arm_rows("mup", optimum=-7.5, log2_lrs=tuple(range(-11, -1)), sizes=(64,))
+    lost = {"status": Status.DIVERGED, "validation_loss": math.nan}
+    rows = [replace(row, **lost) if (row.log2_lr, row.seed) == (-2, 1) else row for row in rows]
+
+    figure = drawn(lambda: draw_curves(study_rows(rows)))
+
+    (panel,) = figure.axes
+    arrow, cross = (
+        line.get_transform().transform(line.get_xydata())[0]
+        for marker in (arrow_up(), "x")
+        for line in panel.lines
+        if line.get_marker() == marker and list(line.get_xdata()) == [-2]
+    )
+    # In pixels; the cross is 4.5 points to the right.
+    assert cross - arrow == pytest.approx([4.5 * figure.dpi / 72, 0])
 
 
 def test_where_every_run_diverged_the_losses_have_no_numbers():
