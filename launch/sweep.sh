@@ -128,9 +128,13 @@ report_sweep() {
     exit "$lacking"
 }
 
-if [[ $# == 0 || " $* " == *" --help "* ]]; then
+if [[ " $* " == *" --help "* ]]; then
     print_help "$0"
     exit
+fi
+if (($# == 0)); then
+    print_help "$0" >&2
+    exit 2
 fi
 TASKS=${TASKS:-4}
 part=here

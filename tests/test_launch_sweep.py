@@ -143,6 +143,13 @@ def test_a_mistake_is_told_before_anything_is_submitted(
     assert machine.jobs() == []
 
 
+def test_without_arguments_the_help_is_an_error(machine: Machine) -> None:
+    code, out, err = machine.launch("sweep")
+    assert (code, out) == (2, "")
+    assert "TASKS=8 bash launch/sweep.sh CONFIG OUT" in err
+    assert (machine.calls(), machine.jobs()) == ([], [])
+
+
 def test_help_prints_the_head_of_the_script(machine: Machine) -> None:
     code, out, _ = machine.launch("sweep", "--help")
     assert code == 0
