@@ -34,8 +34,8 @@ def nats(value: float) -> str:
 
 def plain(value: float) -> str:
     """Any other number, three significant digits."""
-    # The mark keeps zeros at the end, and a point after 100.
-    return f"{value:#.3g}".rstrip(".")
+    # The mark keeps zeros at the end, and a point after 100. Adding 0 takes the sign of -0.
+    return f"{value + 0.0:#.3g}".rstrip(".")
 
 
 def _unsigned_zero(value: float, digits: int) -> float:

@@ -131,4 +131,5 @@ def _refine_lines(sweep: Sweep) -> list[str]:
     most = (
         "any number of" if sweep.refine.max_cells is None else f"at most {sweep.refine.max_cells}"
     )
-    return [f"refine: {most} runs more, in {sweep.refine.max_rounds} rounds at most"]
+    rounds = sweep.refine.max_rounds
+    return [f"refine: {most} runs more, in {rounds} round{'s' * (rounds > 1)} at most"]

@@ -61,8 +61,12 @@ class Decision:
     def words(self) -> str:
         """The decision for a progress line."""
         further = "".join(f" {key.split('.')[-1]}={text}" for key, text in self.settings.items())
-        added = f"{len(self.runs)} more runs" if self.runs else "no more runs"
-        return f"{self.arm} {self.size:g}{further}, round {self.round}: {added}, {self.reason}"
+        # What adds no runs is no round, but how the one before it ended.
+        when, added = f"round {self.round}", f"{len(self.runs)} more runs"
+        if not self.runs:
+            before = f"round {self.round - 1}" if self.round > 1 else "the grid"
+            when, added = f"after {before}", "no more runs"
+        return f"{self.arm} {self.size:g}{further}, {when}: {added}, {self.reason}"
 
     @property
     def record(self) -> dict[str, Any]:

@@ -57,6 +57,7 @@ def test_a_cell_leaves_the_reason_to_the_notes(estimate, words):
 
 
 def test_a_rounded_zero_has_no_sign():
+    assert plain(-0.0) == "0.00"
     assert (octaves(-0.004), nats(-0.00001)) == ("0.00", "0.0000")
     assert octaves(-0.006) == "-0.01"
 

@@ -227,6 +227,8 @@ def test_rounds_are_limited_and_the_last_word_says_so() -> None:
     assert [decision.round for decision in decisions] == [1, 1, 2, 2]
     words = "refine.max_rounds 1 is used up; the lowest loss is at 2^-1, the highest learning rate"
     assert [decision.reason for decision in decisions[2:]] == [words, words]
+    assert decisions[0].words.startswith("base 64, round 1: 2 more runs, ")
+    assert decisions[2].words == f"base 64, after round 1: no more runs, {words}"
     # Two rates beyond the grid for each of two widths.
     assert len(rows) == 14 + 4
 
@@ -349,7 +351,8 @@ def test_the_runner_makes_the_rounds_and_starts_workers_as_work_comes(
     records = [json.loads(line) for line in (tmp_path / "refinement.jsonl").open()]
     assert [record["action"] for record in records] == ["extend", "halve", "stop"]
     assert records[-1]["log2_lr"] == pytest.approx(-7.0)
-    assert sum(line.startswith("refine base 32, round ") for line in lines) == 3
+    told = [line.split(":")[0] for line in lines if line.startswith("refine base 32")]
+    assert told == [f"refine base 32, {when}" for when in ("round 1", "round 2", "after round 2")]
 
 
 def test_status_and_plan_tell_what_was_decided(tmp_path: Path) -> None:
@@ -372,4 +375,4 @@ def test_status_and_plan_tell_what_was_decided(tmp_path: Path) -> None:
     assert [item["action"] for item in status["refinement"]] == ["halve"]
     assert "refine base 32, round 1: 2 more runs, half steps beside 2^-6" in render_status(status)
     text = render_plan(sweep_of(**options), cells_of(**options), rows)
-    assert "refine: at most 5 runs more, in 1 rounds at most" in text
+    assert "refine: at most 5 runs more, in 1 round at most" in text
