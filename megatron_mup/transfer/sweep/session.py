@@ -199,7 +199,7 @@ def merge_sweep(folder: SweepFolder, *, only: Sequence[str], echo: Print) -> int
         rows = {row.cell: row for row in folder.rows()}
     left = lacking(sweep, cells, rows)
     echo(f"{len(rows)} runs in {folder.table}")
-    for line in _refine_lines(sweep, everything, rows, folder=folder):
+    for line in [*_waiting(sweep, cells, rows), *_refine_lines(sweep, everything, rows, folder)]:
         echo(line)
     if not left:
         return exit_codes.FINISHED
@@ -213,8 +213,19 @@ def merge_sweep(folder: SweepFolder, *, only: Sequence[str], echo: Print) -> int
     return exit_codes.INCOMPLETE
 
 
+def _waiting(sweep: Sweep, cells: Sequence[Cell], rows: Mapping[str, Row]) -> list[str]:
+    """Further seeds of which it is not decided yet whether they run, in words."""
+    undecided = grid_of(sweep, cells).undecided(rows)
+    if sweep.seeds_within_octaves is None or not undecided:
+        return []
+    return [
+        f"up to {len(undecided)} runs of further seeds wait for the first seed's losses "
+        "(seeds_within_octaves)"
+    ]
+
+
 def _refine_lines(
-    sweep: Sweep, cells: Sequence[Cell], rows: Mapping[str, Row], *, folder: SweepFolder
+    sweep: Sweep, cells: Sequence[Cell], rows: Mapping[str, Row], folder: SweepFolder
 ) -> list[str]:
     """What refinement asks for that no task runs, in words."""
     added = added_cells(strategy_of(sweep, cells), rows)

@@ -107,5 +107,9 @@ def lacking(sweep: Sweep, cells: Sequence[Cell], rows: Mapping[str, Row]) -> lis
         cells: all cells of its grid.
         rows: cell id -> row, of everything on record.
     """
-    wanted = grid_of(sweep, cells).wanted(rows)
+    grid = grid_of(sweep, cells)
+    wanted = grid.wanted(rows)
+    if sweep.seeds_within_octaves is None:
+        # Tasks run all of them at once: a share does not wait for another one's losses.
+        wanted += grid.undecided(rows)
     return [cell for cell in wanted if not ended(rows.get(cell.id))]

@@ -128,6 +128,23 @@ def test_merging_tells_which_runs_failed_or_are_missing(tmp_path: Path) -> None:
     assert CliRunner().invoke(app, ["sweep", "merge", str(out)]).exit_code == 0
 
 
+def test_merging_an_array_that_has_not_begun_counts_all_its_runs(tmp_path: Path) -> None:
+    merge = ["sweep", "merge", str(tmp_path / "out")]
+    config = write_sweep(tmp_path)
+    prepare_sweep(config, tmp_path / "out", text=[], echo=lambda _line: None)
+    lines = CliRunner().invoke(app, merge).output.splitlines()
+    # Two widths, two rates, two seeds: tasks wait for nothing.
+    assert lines[:2] == [f"0 runs in {tmp_path}/out/runs.csv", "0 runs failed and 8 are missing:"]
+
+    config = write_sweep(tmp_path, seeds_within_octaves=1)
+    prepare_sweep(config, tmp_path / "out", text=[], echo=lambda _line: None)
+    lines = CliRunner().invoke(app, merge).output.splitlines()
+    assert lines[1:3] == [
+        "up to 4 runs of further seeds wait for the first seed's losses (seeds_within_octaves)",
+        "0 runs failed and 4 are missing:",
+    ]
+
+
 def test_many_missing_runs_are_counted_and_the_first_are_named(tmp_path: Path) -> None:
     rates = {"log2": [-9, -8, -7, -6, -5, -4]}
     config, out = write_sweep(tmp_path, seeds=[1], learning_rate=rates), tmp_path / "out"
