@@ -26,6 +26,7 @@ from megatron_mup.transfer.report.wording import (
     UNITS,
     Show,
     cell_text,
+    counted,
     estimate_text,
     learning_rate,
     listed,
@@ -36,6 +37,7 @@ from megatron_mup.transfer.report.wording import (
     sentence,
     size_text,
 )
+from megatron_mup.transfer.runs import Status
 
 
 def write_contents(
@@ -114,12 +116,20 @@ def _curves(study: Study) -> list[Block]:
         "usable learning rates: the optimum may lie "
         "beyond. Arrows in the strip at the top are means above the axis, crosses are diverged "
         "runs: bold where all seeds diverged, thin where some did. The strip has a row for each "
-        "size."
+        f"size.{_not_drawn(study)}"
     )
     return [
         Heading("Loss against learning rate"),
         Figure("loss_curves", "Validation loss against log2 learning rate, by arm", caption),
     ]
+
+
+def _not_drawn(study: Study) -> str:
+    """Which runs a figure of final losses lacks, for a caption."""
+    early = sum(row.status is Status.STOPPED_EARLY for row in study.rows)
+    if not early:
+        return ""
+    return f" Not drawn, as they have no final loss: {counted(early, 'run')} stopped early."
 
 
 def _corrected(study: Study) -> str:

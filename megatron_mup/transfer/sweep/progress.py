@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from megatron_mup.transfer.runs import Row, Status
@@ -103,11 +104,61 @@ class Progress:
         left = numbers["worker_seconds_left"]
         about = ""
         if left:
-            about = f", about {duration(left / max(1, running))} left"
+            workers = max(1, running)
+            about = f", about {duration(left / workers)} left with {workers} at a time"
         return (
             f"[{numbers['done']} done, {running} running, of {total}] {cell.words}: "
             f"{outcome_words(row)}{f' ({reason})' if reason else ''}, {row.seconds:.1f} s{about}"
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saved:
+    """What the early end of runs has saved.
+
+    Attributes:
+        runs: that ended early.
+        ended: runs that are through, those included.
+        steps: that were not made.
+        planned_steps: of all that are through.
+        seconds: that these steps would have taken at the pace of their runs.
+    """
+
+    runs: int
+    ended: int
+    steps: int
+    planned_steps: int
+    seconds: float
+
+    @property
+    def words(self) -> str:
+        """For a line of text."""
+        return (
+            f"stop_early: {self.runs} of {self.ended} runs ended early, which saved {self.steps:,} "
+            f"of {self.planned_steps:,} steps ({self.steps / self.planned_steps:.0%}), about "
+            f"{duration(self.seconds)} of one worker"
+        )
+
+
+def saved_early(rows: Iterable[Row]) -> Saved | None:
+    """What ``stop_early`` has saved; None where no run ended early.
+
+    Args:
+        rows: of a sweep; what failed does not count.
+    """
+    through = [row for row in rows if ended(row)]
+    early = [row for row in through if row.status is Status.STOPPED_EARLY]
+    if not early:
+        return None
+    left = [row.planned_steps - row.steps for row in early]
+    return Saved(
+        runs=len(early),
+        ended=len(through),
+        steps=sum(left),
+        planned_steps=sum(row.planned_steps for row in through),
+        # The start of a run is in its seconds: an estimate.
+        seconds=sum(row.seconds * n / row.steps for row, n in zip(early, left, strict=True)),
+    )
 
 
 def outcome_words(row: Row) -> str:

@@ -17,6 +17,7 @@ from megatron_mup.transfer.sweep.cells import Cell, make_cells
 from megatron_mup.transfer.sweep.folder import SweepFolder
 from megatron_mup.transfer.sweep.order import Strategy, ended, grid_of, in_starting_order
 from megatron_mup.transfer.sweep.pool import Share
+from megatron_mup.transfer.sweep.progress import saved_early
 from megatron_mup.transfer.sweep.refinement import DecisionLog, added_cells, strategy_of
 from megatron_mup.transfer.sweep.results import origin_of
 from megatron_mup.transfer.sweep.runner import Ending, Limits, run_cells
@@ -244,6 +245,9 @@ def _end(ending: Ending, folder: SweepFolder, echo: Print) -> int:
     counts = {status: sum(row.status is status for row in made) for status in Status}
     told = ", ".join(f"{count} {status.value}" for status, count in counts.items() if count)
     echo(f"{len(made)} runs ended ({told or 'nothing was missing'}); table: {folder.table}")
+    saved = saved_early(made)
+    if saved is not None:
+        echo(saved.words)
     if ending.interrupted:
         echo("interrupted; the same command goes on from here")
         return exit_codes.STOPPED_SAVED

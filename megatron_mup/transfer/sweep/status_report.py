@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from megatron_mup.transfer.runs import Row, Status
 from megatron_mup.transfer.sweep.cells import Cell, make_cells
 from megatron_mup.transfer.sweep.folder import SweepFolder
-from megatron_mup.transfer.sweep.progress import Progress, duration
+from megatron_mup.transfer.sweep.progress import Progress, Saved, duration, saved_early
 from megatron_mup.transfer.sweep.refinement import decisions_of, strategy_of
 
 _COLUMNS = ("ended", "running", "diverged", "failed", "lowest loss", "at log2 LR")
@@ -34,6 +35,7 @@ def sweep_status(folder: SweepFolder) -> dict[str, Any]:
     progress = Progress(strategy, rows, selected=None)
     everything = list({cell.id: cell for cell in (*cells, *strategy.wanted(rows))}.values())
     ids = {cell.id for cell in everything}
+    saved = saved_early(row for row in rows.values() if row.cell in ids)
     return {
         "sweep": sweep.name,
         "axis": sweep.axis,
@@ -42,6 +44,7 @@ def sweep_status(folder: SweepFolder) -> dict[str, Any]:
         **progress.summary(len(running)),
         "rows_of_other_cells": sum(cell_id not in ids for cell_id in rows),
         "running": running,
+        "stop_early": None if saved is None else asdict(saved),
         "curves": _curves(everything, rows, [item["cell"] for item in running]),
         "refinement": [
             {**decision.record, "words": decision.words}
@@ -88,8 +91,12 @@ def render_status(status: Mapping[str, Any]) -> str:
         f"sweep {status['sweep']}: {status['done']} of {total} runs ended ({counts or 'none yet'})",
         f"running: {status['owner']}" if status["owner"] else "not running",
     ]
-    if status["worker_seconds_left"]:
-        lines.append(f"left: about {duration(status['worker_seconds_left'])} of one worker")
+    left, running = status["worker_seconds_left"], status["running_cells"]
+    if left:
+        at_once = f", {duration(left / running)} with {running} at a time" if running > 1 else ""
+        lines.append(f"left: about {duration(left)} of one worker{at_once}")
+    if status["stop_early"] is not None:
+        lines.append(Saved(**status["stop_early"]).words)
     if status["rows_of_other_cells"]:
         lines.append(f"{status['rows_of_other_cells']} runs in the table belong to no cell of it")
     lines += [

@@ -177,6 +177,18 @@ def test_a_caption_says_of_corrected_means_where_seeds_are_missing(tmp_path: Pat
     assert words not in chapters(even)["Loss against learning rate"]
 
 
+def test_runs_that_were_stopped_early_are_counted_below_the_figure(tmp_path: Path):
+    early = {"status": Status.STOPPED_EARLY, "validation_loss": math.nan}
+    rows = arm_rows("mup", optimum=-6, sizes=(64,))
+    rows += [a_row(log2_lr=-2.0, seed=seed, **early) for seed in (1, 2)]
+
+    found = chapters(make_report(Reported(rows=tuple(rows)), tmp_path, title="early"))
+
+    words = "Not drawn, as they have no final loss: 2 runs stopped early."
+    assert words in found["Loss against learning rate"]
+    assert "2 runs stopped early" in found["Arm mup"]
+
+
 def test_a_report_that_could_not_be_written_is_refused_before_the_fits(tmp_path: Path):
     (tmp_path / "taken").write_text("a file")
 

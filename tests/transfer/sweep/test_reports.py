@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 
 from megatron_mup.errors import ConfigError
-from megatron_mup.transfer.runs import append_row
+from megatron_mup.transfer.runs import Status, append_row
 from megatron_mup.transfer.sweep.cell_yaml import cell_yaml
 from megatron_mup.transfer.sweep.folder import SweepFolder
+from megatron_mup.transfer.sweep.order import grid_of
 from megatron_mup.transfer.sweep.plan_report import plan_lines, render_plan
-from megatron_mup.transfer.sweep.progress import Rates, duration
+from megatron_mup.transfer.sweep.progress import Progress, Rates, Saved, duration, saved_early
 from megatron_mup.transfer.sweep.status_report import render_status, sweep_status
 from tests.transfer.sweep.sweeps import cells_of, row_of, sweep_of
 from tests.transfer.test_runs import ROW
@@ -136,6 +137,41 @@ def test_status_of_a_running_sweep_names_owner_and_cells(folder: SweepFolder) ->
         text = render_status(sweep_status(folder))
     assert "running: pid " in text
     assert "  base width 64 lr 2^-5 seed 2: iteration 3 of 10, 7 s" in text
+
+
+def test_the_time_left_is_of_one_worker_and_of_those_that_run(folder: SweepFolder) -> None:
+    status = sweep_status(folder)
+    assert status["stop_early"] is None
+    shown = {**status, "worker_seconds_left": 300.0}
+    assert "left: about 5 min of one worker\n" in render_status(shown)
+    shown["running_cells"] = 4
+    assert "left: about 5 min of one worker, 75 s with 4 at a time\n" in render_status(shown)
+    assert "stop_early" not in render_status(shown)
+
+
+def test_a_progress_line_says_how_many_run_at_a_time() -> None:
+    # 8 cells of 100 s at width 64 and of 28.6 s at width 32, two seeds not decided.
+    cells = cells_of()
+    first = next(cell for cell in cells if (cell.size, cell.seed) == (64, 1))
+    rows = {first.id: row_of(first, seconds=100.0)}
+    line = Progress(grid_of(sweep_of(), cells), rows, selected=None).line
+    told = line(first, rows[first.id], running=2, reason="")
+    # Of seven cells that are left three are large: 414 s by two.
+    assert told.endswith("loss 3.0000, 100.0 s, about 3 min left with 2 at a time")
+
+
+def test_what_early_ends_save_is_counted_of_what_is_through() -> None:
+    early = replace(ROW, status=Status.STOPPED_EARLY, steps=25, planned_steps=100, seconds=10.0)
+    whole = replace(ROW, steps=100, planned_steps=100, seconds=40.0)
+    failed = replace(ROW, status=Status.FAILED, steps=0, planned_steps=100)
+    assert saved_early([whole, failed]) is None
+    saved = saved_early([early, whole, whole, failed])
+    # 75 steps at 0.4 s.
+    assert saved == Saved(runs=1, ended=3, steps=75, planned_steps=300, seconds=30.0)
+    assert saved.words == (
+        "stop_early: 1 of 3 runs ended early, which saved 75 of 300 steps (25%), about 30 s of one "
+        "worker"
+    )
 
 
 def test_a_folder_without_a_sweep_is_refused(tmp_path: Path) -> None:

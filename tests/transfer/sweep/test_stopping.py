@@ -20,6 +20,7 @@ from megatron_mup.transfer.sweep.pool import Share
 from megatron_mup.transfer.sweep.refinement import strategy_of
 from megatron_mup.transfer.sweep.session import RunRequest, run_sweep
 from megatron_mup.transfer.sweep.spec import StopEarly, load_sweep
+from megatron_mup.transfer.sweep.status_report import render_status, sweep_status
 from megatron_mup.transfer.sweep.stopping import (
     Contest,
     contest,
@@ -295,6 +296,12 @@ def test_a_far_rate_ends_early_and_is_recorded_with_what_it_had(tmp_path: Path) 
     assert len(read_curve(SweepFolder(out).curve(early.cell))) == 31
     assert len(read_curve(SweepFolder(out).curve(best.id))) == 60
     assert any("lr 2^-15 seed 1: stopped early at step 31" in line for line in lines)
+    # 29 of 4 x 60 steps.
+    saved = "stop_early: 1 of 4 runs ended early, which saved 29 of 240 steps (12%), about "
+    assert lines[-1].startswith(saved)
+    status = sweep_status(SweepFolder(out))
+    assert (status["stop_early"]["steps"], status["stop_early"]["runs"]) == (29, 1)
+    assert saved in render_status(status)
     assert list((out / "cells").iterdir()) == []
     # It is through: the same command has nothing to run, nor has one without the option.
     before = (out / "runs.csv").read_bytes()
