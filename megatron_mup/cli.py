@@ -249,7 +249,9 @@ def status(
 def quickstart(
     text: Annotated[
         list[Path] | None,
-        typer.Option(help="Text or JSONL file; unset takes installed Python sources and docs."),
+        typer.Option(
+            help="Text or JSONL file; unset: the folder's own shards, or installed Python."
+        ),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder of data, runs and report.")] = Path(
         "quickstart"

@@ -22,6 +22,7 @@ from megatron_mup.transfer.sweep.folder import SweepFolder
 from megatron_mup.transfer.sweep.pool import Share
 from megatron_mup.transfer.sweep.session import RunRequest, run_sweep
 from megatron_mup.transfer.sweep.spec import sweep_from_dict
+from megatron_mup.transfer.sweep.text_source import check_text
 
 BASE_WIDTH = 32
 HEAD_DIM = 16
@@ -42,7 +43,8 @@ class QuickstartPlan:
 
     Attributes:
         out: folder of the sweep: text, shards, table of runs, report.
-        text: the user's text files; empty means installed Python sources and documentation.
+        text: the user's text files; empty means the folder's own shards, or installed Python
+            sources and documentation where it has none.
         widths: hidden sizes, the smallest first.
         log2_lrs: grid of base learning rates, increasing.
         steps: optimizer steps of each run.
@@ -143,8 +145,10 @@ def run_quickstart(plan: QuickstartPlan, share: Share, echo: Print) -> int:
         MupError: as ``run_sweep``, or the report cannot be written.
     """
     document = sweep_document(plan)
-    # Refuses what cannot be trained before the folder is touched.
-    make_cells(sweep_from_dict(document, origin="quickstart"), SweepFolder(plan.out).data)
+    # What cannot be trained, or not on this text, is refused before the folder is touched.
+    data = SweepFolder(plan.out).data
+    make_cells(sweep_from_dict(document, origin="quickstart"), data)
+    check_text(data, plan.text)
     plan.out.mkdir(parents=True, exist_ok=True)
     config = plan.out / "quickstart.yaml"
     publish_text(config, yaml.safe_dump(document, sort_keys=False))

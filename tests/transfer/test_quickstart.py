@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mup.errors import ConfigError
+from megatron_mup.errors import ConfigError, DataError
 from megatron_mup.parameterization.options import Parameterization
 from megatron_mup.transfer import quickstart as module
 from megatron_mup.transfer.quickstart import QuickstartPlan, run_quickstart, sweep_document
@@ -104,6 +104,7 @@ def quickstart_with(
 
 def test_it_ends_with_a_table_and_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = (tmp_path / "my.txt",)
+    text[0].write_text("some words")
     code, (request,), lines = quickstart_with(0, tmp_path, monkeypatch, text=text, seeds=(4,))
     assert code == 0
     assert (request.out, request.text, request.share) == (tmp_path, text, SHARE)
@@ -135,4 +136,6 @@ def test_what_cannot_be_trained_leaves_no_folder(
 ) -> None:
     with pytest.raises(ConfigError, match=r"gives the learning rate 2\^2000"):
         quickstart_with(0, tmp_path / "out", monkeypatch, log2_lrs=(-6.0, -5.0, 2000.0))
+    with pytest.raises(DataError, match=r"there is no file '.*/typo.txt'; correct --text"):
+        quickstart_with(0, tmp_path / "out", monkeypatch, text=(tmp_path / "typo.txt",))
     assert not (tmp_path / "out").exists()

@@ -18,7 +18,10 @@ def campaign_command(
     ),
     text: Annotated[
         list[Path] | None,
-        typer.Option("--text", help="Text or JSONL file; unset takes installed Python sources."),
+        typer.Option(
+            "--text",
+            help="Text or JSONL file; unset: the folder's own shards, or installed Python sources.",
+        ),
     ] = None,
     workers: Annotated[
         int | None, typer.Option("--workers", help="Runs at a time; unset: one a GPU or a core.")

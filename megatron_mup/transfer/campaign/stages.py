@@ -40,12 +40,13 @@ from megatron_mup.transfer.campaign.target import (
 from megatron_mup.transfer.campaign.target_data import check_target_data
 from megatron_mup.transfer.runs import Row
 from megatron_mup.transfer.sweep.base import portable_document
+from megatron_mup.transfer.sweep.data_checks import check_source, check_text_options
 from megatron_mup.transfer.sweep.folder import SweepFolder
 from megatron_mup.transfer.sweep.folder_lock import LOCK, held
 from megatron_mup.transfer.sweep.own_rows import own_rows
 from megatron_mup.transfer.sweep.pool import Share
 from megatron_mup.transfer.sweep.results import data_digest
-from megatron_mup.transfer.sweep.session import RunRequest, check_text, run_sweep
+from megatron_mup.transfer.sweep.session import RunRequest, run_sweep
 
 Print = Callable[[str], None]
 
@@ -57,7 +58,8 @@ class CampaignRequest:
     Attributes:
         config: the campaign's YAML.
         out: the campaign's folder.
-        text: files for tokenizer and shards; empty: installed Python sources.
+        text: files for tokenizer and shards; empty: the folder's own shards, or installed Python
+            sources where it has none.
         share: processes of the sweep.
         until: last stage to run.
     """
@@ -134,7 +136,8 @@ class _Runner:
     def refuse_early(self) -> int:
         """Refuse what is known to fail before anything runs; returns the exit code."""
         request = self._request
-        check_text(self._campaign.sweep, self._cells, request.text)
+        check_text_options(self._campaign.sweep, self._cells, request.text)
+        check_source(self._campaign.sweep, self._folder, request.text)
         if self._records.result(Stage.GATE).get("asked_sha256") != digest(self._asked):
             # Another target or gate, or none that is through: files answer other questions.
             self._forget_after(Stage.FIT)

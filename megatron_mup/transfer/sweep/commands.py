@@ -19,7 +19,10 @@ Folder = Annotated[Path, typer.Argument(help="The sweep's folder.", metavar="DIR
 Out = Annotated[Path, typer.Option("--out", help="Folder of the table and all the rest.")]
 Text = Annotated[
     list[Path] | None,
-    typer.Option("--text", help="Text or JSONL file; unset takes installed Python sources."),
+    typer.Option(
+        "--text",
+        help="Text or JSONL file; unset: the folder's own shards, or installed Python sources.",
+    ),
 ]
 Workers = Annotated[
     int | None,
@@ -102,15 +105,15 @@ def plan_command(
 ) -> None:
     """Print sizes, lengths and cost; nothing is run or written."""
     from megatron_mup.transfer.sweep.cells import make_cells
+    from megatron_mup.transfer.sweep.data_checks import check_text_options
     from megatron_mup.transfer.sweep.folder import SweepFolder
     from megatron_mup.transfer.sweep.plan_report import render_plan
-    from megatron_mup.transfer.sweep.session import check_text
     from megatron_mup.transfer.sweep.spec import load_sweep
 
     sweep = load_sweep(config)
     folder = SweepFolder(out or Path("sweep"))
     cells = make_cells(sweep, folder.data)
-    check_text(sweep, cells, ())
+    check_text_options(sweep, cells, ())
     rows = {} if out is None else {row.cell: row for row in folder.rows()}
     typer.echo(render_plan(sweep, cells, rows))
 

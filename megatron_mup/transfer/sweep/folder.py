@@ -26,7 +26,6 @@ from typing import Any
 
 import yaml
 
-from megatron_mup.data.manifest import job_manifest_path
 from megatron_mup.data.publication import publish_text
 from megatron_mup.errors import ConfigError, DataError
 from megatron_mup.transfer.runs import Row, Status, read_rows
@@ -34,6 +33,7 @@ from megatron_mup.transfer.sweep.base import portable_document
 from megatron_mup.transfer.sweep.cells import Cell
 from megatron_mup.transfer.sweep.folder_lock import LOCK, held, owner_of
 from megatron_mup.transfer.sweep.spec import Sweep, load_sweep
+from megatron_mup.transfer.sweep.text_source import has_shards
 
 _HOLDER = "sweep"
 _OF_CELLS = ("cells", "configs", "curves")
@@ -99,7 +99,7 @@ class SweepFolder:
 
     def has_shards(self) -> bool:
         """Whether the shards are there and whole."""
-        return job_manifest_path(self.data / "text").exists()
+        return has_shards(self.data)
 
     @property
     def cache(self) -> Path:

@@ -8,12 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_mup import exit_codes
-from megatron_mup.data.blend import parse_blend, valid_paths
-from megatron_mup.data.shard_sets import set_tokens
-from megatron_mup.errors import ConfigError, DataError
+from megatron_mup.errors import ConfigError
 from megatron_mup.transfer.runs import Row, Status, write_parquet
 from megatron_mup.transfer.sweep.base import left_out_of_base
 from megatron_mup.transfer.sweep.cells import Cell, make_cells
+from megatron_mup.transfer.sweep.data_checks import (
+    check_same_data,
+    check_source,
+    check_text_options,
+    prepare_data,
+)
 from megatron_mup.transfer.sweep.folder import SweepFolder
 from megatron_mup.transfer.sweep.order import Strategy, ended, grid_of, in_starting_order
 from megatron_mup.transfer.sweep.pool import Share
@@ -21,10 +25,8 @@ from megatron_mup.transfer.sweep.progress import saved_early
 from megatron_mup.transfer.sweep.refinement import DecisionLog, added_cells, strategy_of
 from megatron_mup.transfer.sweep.results import origin_of
 from megatron_mup.transfer.sweep.runner import Ending, Limits, run_cells
-from megatron_mup.transfer.sweep.shards import make_shards
 from megatron_mup.transfer.sweep.spec import Sweep, load_sweep
 from megatron_mup.transfer.sweep.tasks import Everywhere, Task, lacking, merge_tables, share_of
-from megatron_mup.transfer.sweep.text_source import check_same_text
 
 _NAMED = 10
 """Runs that are named one by one before the rest is counted."""
@@ -39,7 +41,8 @@ class RunRequest:
     Attributes:
         config: the sweep's YAML.
         out: the sweep's folder.
-        text: files for tokenizer and shards; empty: installed Python sources.
+        text: files for tokenizer and shards; empty: the folder's own shards, or installed Python
+            sources where it has none.
         share: processes to use.
         only: ``ARM`` or ``ARM/SIZE``; empty: all.
         max_cells: start no more than so many; None: no limit.
@@ -78,7 +81,8 @@ def run_sweep(request: RunRequest, echo: Print) -> int:
         keep_checkpoints=sweep.keep_checkpoints,
         stop_early=sweep.stop_early,
     )
-    check_text(sweep, cells, request.text)
+    check_text_options(sweep, cells, request.text)
+    check_source(sweep, folder, request.text)
     if limits.only == frozenset():
         echo("this task has no runs: there are fewer runs than tasks")
     for option in left_out_of_base(sweep):
@@ -154,7 +158,8 @@ def prepare_sweep(
     Args:
         config: the sweep's YAML.
         out: the sweep's folder.
-        text: files for tokenizer and shards; empty: installed Python sources.
+        text: files for tokenizer and shards; empty: the folder's own shards, or installed Python
+            sources where it has none.
         echo: receives progress lines.
 
     Raises:
@@ -163,7 +168,8 @@ def prepare_sweep(
     sweep = load_sweep(config)
     folder = SweepFolder(out)
     cells = make_cells(sweep, folder.data)
-    check_text(sweep, cells, text)
+    check_text_options(sweep, cells, text)
+    check_source(sweep, folder, text)
     with folder.locked():
         prepare_data(sweep, cells, folder=folder, text=text, echo=echo)
         rows = {row.cell: row for row in folder.rows()}
@@ -275,103 +281,6 @@ def selected_ids(cells: Sequence[Cell], only: Sequence[str]) -> frozenset[str]:
             raise ConfigError(f"--only {name} names no cell; use an arm or one of {list(known)}")
         chosen |= found
     return frozenset(chosen)
-
-
-def _valid_positions(cells: Sequence[Cell]) -> int:
-    """Most positions that an evaluation reads."""
-    return max(
-        cell.run.training.eval_iters
-        * cell.run.training.global_batch_size
-        * cell.run.model.seq_length
-        for cell in cells
-    )
-
-
-def check_text(sweep: Sweep, cells: Sequence[Cell], text: Sequence[Path]) -> None:
-    """Refuse what cannot work before a text is read.
-
-    Raises:
-        ConfigError: ``--text`` without ``text``, or too few held-out tokens are asked for.
-    """
-    if sweep.text is None:
-        if text:
-            raise ConfigError(
-                f"--text {text[0]} needs 'text: {{vocab_size: ...}}' in the YAML, but the base "
-                "names shards; remove one of them"
-            )
-        return
-    held_out, needed = sweep.text.valid_tokens, _valid_positions(cells)
-    if held_out is not None and held_out <= needed:
-        raise ConfigError(
-            f"text.valid_tokens is {held_out:,}, but an evaluation reads {needed:,} positions and "
-            "one token more; raise text.valid_tokens or lower run.eval_tokens"
-        )
-
-
-def prepare_data(
-    sweep: Sweep, cells: Sequence[Cell], *, folder: SweepFolder, text: Sequence[Path], echo: Print
-) -> None:
-    """Make the shards if the sweep does so, and check that they serve every cell.
-
-    Raises:
-        DataError: shards are missing, do not fit the model or are too short.
-    """
-    # Imports torch, which a refused YAML need not wait for.
-    from megatron_mup.platform import slow_bf16
-
-    if any(cell.run.precision.bf16 for cell in cells) and (slow := slow_bf16()):
-        echo(f"warning: {slow}")
-    if sweep.text is not None:
-        if folder.task is not None and not folder.has_shards():
-            raise DataError(
-                f"there are no shards in {folder.data}; make them with 'megatron-mup sweep "
-                "prepare' before the tasks begin"
-            )
-        check_same_text(folder.data, text)
-        make_shards(
-            folder.data,
-            text=text,
-            corpus_bytes=sweep.text.corpus_bytes,
-            vocab_size=sweep.text.vocab_size,
-            valid_tokens=sweep.text.valid_tokens or _valid_positions(cells) + 1,
-            echo=echo,
-        )
-    _check_shards(cells)
-
-
-def _check_shards(cells: Sequence[Cell]) -> None:
-    """That the shards serve every cell; ``prepare_data`` says what is raised."""
-    from megatron_mup.data.checks import check_epochs, check_training_data
-
-    for run in {cell.curve: cell.run for cell in cells}.values():
-        check_training_data(run)
-        training, seq_length = run.training, run.model.seq_length
-        check_epochs(run, training.train_iters * training.global_batch_size)
-        sequences = training.eval_iters * training.global_batch_size
-        held_out = sum(set_tokens(Path(prefix)) for prefix in parse_blend(valid_paths(run))[0])
-        # A label more than positions.
-        if (held_out - 1) // seq_length < sequences:
-            raise DataError(
-                f"the held-out shards have {held_out:,} tokens, but an evaluation reads "
-                f"{sequences * seq_length:,} positions and one token more (run.eval_tokens or "
-                "base.training.eval_iters, in whole batches); lower that or hold out more text"
-            )
-
-
-def check_same_data(cells: Sequence[Cell], rows: Mapping[str, Row], data_sha256: str) -> None:
-    """Refuse to mix runs on different data in one table.
-
-    Raises:
-        DataError: a row of the plan was trained on other shards.
-    """
-    for cell in cells:
-        row = rows.get(cell.id)
-        if row is not None and row.data_sha256 != data_sha256:
-            raise DataError(
-                f"run {cell.id} ({cell.words}) is on record with other shards (data_sha256 "
-                f"{row.data_sha256[:12]}, now {data_sha256[:12]}); restore them or choose another "
-                "--out"
-            )
 
 
 def record_lines(cells: Sequence[Cell], rows: Mapping[str, Row]) -> list[str]:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megatron_mup.data.corpus import write_corpus
-from megatron_mup.data.documents import check_inputs, read_documents
 from megatron_mup.data.manifest import job_manifest_path, read_job_manifest
 from megatron_mup.data.preprocess import PreprocessOptions, preprocess
 from megatron_mup.data.publication import publish_text, published
@@ -15,9 +14,15 @@ from megatron_mup.data.shards import open_shard
 from megatron_mup.data.tokenizer import load_tokenizer
 from megatron_mup.data.tokenizer_training import TokenizerOptions, train_tokenizer
 from megatron_mup.errors import DataError
-
-PIECE_CHARACTERS = 4096
-"""A user's text is cut into documents of about this size, so that some can be held out."""
+from megatron_mup.transfer.sweep.text_records import corpus_records
+from megatron_mup.transfer.sweep.text_source import (
+    check_text,
+    corpus_of,
+    has_shards,
+    note_text,
+    noted_files,
+    source_words,
+)
 
 VALID_FRACTION = 0.05
 MAX_VALID_FRACTION = 0.5
@@ -39,7 +44,8 @@ def make_shards(
 
     Args:
         folder: receives corpus, tokenizer and shards.
-        text: the user's text or JSONL files; empty means installed Python text.
+        text: the user's text or JSONL files; empty means the shards that are there, whatever they
+            are made of, or installed Python text where there are none.
         corpus_bytes: how much installed text to take.
         vocab_size: ids of the tokenizer.
         echo: receives progress lines.
@@ -52,23 +58,48 @@ def make_shards(
         DataError: the text is missing, empty or too short, or another text or vocabulary was used
             before.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    _check_source(folder, text)
-    _check_amounts(folder, {"vocab_size": vocab_size, "corpus_bytes": corpus_bytes})
-    corpus = folder / "corpus.jsonl"
-    if not corpus.exists():
-        documents = _write_text(corpus, text, corpus_bytes)
-        echo(f"text: {corpus.stat().st_size / 1e6:.1f} MB, {documents} documents in {corpus}")
-    _make_tokenizer(corpus, vocab_size, echo)
-    # Published last: where it is, all is; what an interruption left behind is overwritten.
-    if not job_manifest_path(folder / "text").exists():
-        _split_text(corpus, folder, valid_tokens)
+    check_text(folder, text)
+    _check_amounts(folder, vocab_size=vocab_size, corpus_bytes=corpus_bytes)
+    if not has_shards(folder):
+        _make_missing(
+            folder, text=text, corpus_bytes=corpus_bytes, vocab_size=vocab_size, echo=echo
+        )
+        # Published last: where it is, all is; what an interruption left behind is overwritten.
+        _split_text(corpus_of(folder), folder, valid_tokens)
+    elif not text:
+        echo(f"text: {source_words(folder)}, which the shards in {folder} are made of")
     _check_size(folder, valid_tokens, echo)
     return folder
 
 
+def _make_missing(
+    folder: Path,
+    *,
+    text: Sequence[Path],
+    corpus_bytes: int,
+    vocab_size: int,
+    echo: Callable[[str], None],
+) -> None:
+    """Notes, corpus and tokenizer, as far as they are not there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    publish_text(
+        folder / "amounts.json",
+        json.dumps({"vocab_size": vocab_size, "corpus_bytes": corpus_bytes}),
+    )
+    corpus = corpus_of(folder)
+    if not corpus.exists():
+        note_text(folder, text)
+        documents = _write_text(corpus, text, corpus_bytes)
+        echo(f"text: {corpus.stat().st_size / 1e6:.1f} MB, {documents} documents in {corpus}")
+    _make_tokenizer(corpus, vocab_size, echo)
+
+
+def _tokenizer_of(folder: Path) -> Path:
+    return folder / "tokenizer.model"
+
+
 def _make_tokenizer(corpus: Path, vocab_size: int, echo: Callable[[str], None]) -> None:
-    model = corpus.with_name("tokenizer.model")
+    model = _tokenizer_of(corpus.parent)
     if not model.exists():
         options = TokenizerOptions(vocab_size=vocab_size)
         report = train_tokenizer([corpus], model.with_suffix(""), options=options)
@@ -77,7 +108,7 @@ def _make_tokenizer(corpus: Path, vocab_size: int, echo: Callable[[str], None]) 
 
 def _split_text(corpus: Path, folder: Path, valid_tokens: int) -> None:
     """Tokenize, again with a larger share held out for as long as it is too small."""
-    tokenizer = load_tokenizer(folder / "tokenizer.model")
+    tokenizer = load_tokenizer(_tokenizer_of(folder))
     fraction = VALID_FRACTION
     while True:
         options = PreprocessOptions(valid_fraction=fraction, overwrite=True)
@@ -106,42 +137,30 @@ def _check_size(folder: Path, valid_tokens: int, echo: Callable[[str], None]) ->
     if valid < valid_tokens:
         raise DataError(
             f"the held-out part of the text has {valid} tokens, fewer than {valid_tokens}; use a "
-            "longer text, or delete the folder if it was made for fewer"
+            "longer text and another --out, or, where the folder was made for fewer, another --out"
         )
     echo(f"shards: {train:,} training and {valid:,} held-out tokens in {folder}")
 
 
-def _check_amounts(folder: Path, amounts: dict[str, int]) -> None:
-    """One folder belongs to one vocabulary and one size of corpus."""
+def _check_amounts(folder: Path, *, vocab_size: int, corpus_bytes: int) -> None:
+    """One folder belongs to one vocabulary and, of installed text, to one size of corpus."""
     note = folder / "amounts.json"
-    if note.exists():
-        before = json.loads(note.read_text(encoding="utf-8"))
-        for name, amount in amounts.items():
-            if before.get(name) != amount:
-                raise DataError(
-                    f"{folder} was made with {name} {before.get(name)}, not {amount}; choose "
-                    "another --out folder or delete this one"
-                )
-    publish_text(note, json.dumps(amounts))
-
-
-def _check_source(folder: Path, text: Sequence[Path]) -> None:
-    """One folder belongs to one text: records of different texts cannot be compared."""
-    for path in text:
-        if not path.is_file():
-            raise DataError(f"there is no file '{path}'; correct --text (make: TEXT)")
-    if text:
-        check_inputs(text)
-    # Absolute: the same relative name in another working folder is another text.
-    source = json.dumps([str(path.resolve()) for path in text])
-    note = folder / "source.json"
-    if note.exists() and note.read_text(encoding="utf-8") != source:
-        before = ", ".join(json.loads(note.read_text(encoding="utf-8")))
-        raise DataError(
-            f"{folder} was made from another text ({before or 'installed Python sources'}); "
-            "choose another --out folder or delete this one"
-        )
-    publish_text(note, source)
+    if not note.exists():
+        return
+    before = json.loads(note.read_text(encoding="utf-8"))
+    whole = has_shards(folder)
+    # Only of what is made already: a refused attempt is to be mended in the same folder.
+    asked = {}
+    if whole or _tokenizer_of(folder).exists():
+        asked["vocab_size"] = vocab_size
+    if noted_files(folder) == [] and (whole or corpus_of(folder).exists()):
+        asked["corpus_bytes"] = corpus_bytes
+    for name, amount in asked.items():
+        if before.get(name) != amount:
+            raise DataError(
+                f"{folder} was made with text.{name} {before.get(name)}, not {amount}; choose "
+                "another --out, or set that again"
+            )
 
 
 def _write_text(corpus: Path, text: Sequence[Path], corpus_bytes: int) -> int:
@@ -150,12 +169,9 @@ def _write_text(corpus: Path, text: Sequence[Path], corpus_bytes: int) -> int:
         return write_corpus(corpus, max_bytes=corpus_bytes)
     count = 0
     with published(corpus) as stream:
-        for document in read_documents(text):
-            # One book is one document, of which nothing or everything would be held out.
-            for piece in cut_text(document.text):
-                record = json.dumps({"text": piece}, ensure_ascii=False)
-                stream.write(record.encode("utf-8") + b"\n")
-                count += 1
+        for record in corpus_records(text):
+            stream.write(record)
+            count += 1
         if count == 0:
             raise DataError(f"no text in {', '.join(map(str, text))}; give a file with text")
         size = stream.tell()
@@ -165,17 +181,3 @@ def _write_text(corpus: Path, text: Sequence[Path], corpus_bytes: int) -> int:
                 f"least {MIN_TEXT_BYTES:,}, better some megabytes"
             )
     return count
-
-
-def cut_text(text: str) -> Iterator[str]:
-    """Cut a text at line ends into pieces of about ``PIECE_CHARACTERS``; empty ones are dropped."""
-    piece: list[str] = []
-    size = 0
-    for line in text.splitlines(keepends=True):
-        piece.append(line)
-        size += len(line)
-        if size >= PIECE_CHARACTERS:
-            yield "".join(piece)
-            piece, size = [], 0
-    if "".join(piece).strip():
-        yield "".join(piece)

@@ -62,13 +62,13 @@ class Acted:
         (folder / "report.html").touch()
 
 
-def run(config: Path, until: Stage = Stage.TARGET) -> tuple[int, list[str]]:
+def run(config: Path, until: Stage = Stage.TARGET, *text: Path) -> tuple[int, list[str]]:
     """Exit code and lines of the command."""
     lines: list[str] = []
     request = CampaignRequest(
         config=config,
         out=config.parent / "out",
-        text=(),
+        text=text,
         share=Share(workers=1, threads=1),
         until=until,
     )

@@ -17,6 +17,7 @@ from megatron_mup.transfer.campaign.stages import Stage
 from megatron_mup.transfer.runs import append_row, read_rows
 from megatron_mup.transfer.sweep.cells import make_cells, with_rate_and_seed
 from megatron_mup.transfer.sweep.spec import load_sweep
+from megatron_mup.transfer.sweep.text_source import note_text
 from tests.transfer.campaign.acting import Acted, run
 from tests.transfer.campaign.campaigns import (
     campaign_data,
@@ -112,6 +113,30 @@ def test_a_sweep_that_refuses_its_data_leaves_no_target(
         run(config)
     assert list((tmp_path / "out/target").iterdir()) == []
     assert not (tmp_path / "out/stages/sweep.json").exists()
+
+
+def test_a_text_that_was_left_out_or_mistaken_leaves_the_target(
+    tmp_path: Path, acted: Acted
+) -> None:
+    sweep = campaign_data()["sweep"]
+    sweep["base"] |= {"data": {}}
+    config = write_campaign(tmp_path, sweep=sweep | {"text": {"vocab_size": 96}})
+    text, other = tmp_path / "text.txt", tmp_path / "other.txt"
+    text.write_text("one")
+    other.write_text("two")
+    assert run(config, Stage.TARGET, text)[0] == 0
+    data = tmp_path / "out/sweep/data"
+    data.mkdir()
+    note_text(data, [text])
+    (data / "text.manifest.json").touch()
+    acted.calls.clear()
+    assert run(config)[0] == 0
+    for wrong, words in ((other, "other.txt is another text"), (tmp_path / "a", "there is no fil")):
+        with pytest.raises(DataError, match=words):
+            run(config, Stage.TARGET, wrong)
+    assert acted.calls == []
+    assert (tmp_path / "out/target/config.yaml").exists()
+    assert (tmp_path / "out/stages/target.json").exists()
 
 
 def test_a_pair_is_never_of_two_fits(

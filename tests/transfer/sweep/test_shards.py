@@ -2,37 +2,87 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 
 from megatron_mup.errors import DataError
-from megatron_mup.transfer.sweep.shards import cut_text, make_shards
+from megatron_mup.transfer.sweep.shards import make_shards
 
 
-def test_a_users_text_becomes_shards_once_and_another_text_is_refused(tmp_path: Path) -> None:
-    text = tmp_path / "text.txt"
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Shards of a text, and that text; no test changes them."""
+    folder = tmp_path_factory.mktemp("made")
+    text = folder / "text.txt"
     text.write_text("\n".join(f"line {n} of a text, {n * n} squared." for n in range(8000)))
-    lines: list[str] = []
+    return make(folder / "data", text), text
 
-    def make(*sources: Path) -> Path:
-        return make_shards(
-            tmp_path / "data",
-            text=sources,
-            corpus_bytes=1000,
-            vocab_size=400,
-            echo=lines.append,
-        )
 
-    folder = make(text)
+def make(
+    folder: Path,
+    *text: Path,
+    corpus_bytes: int = 1000,
+    vocab_size: int = 400,
+    lines: list[str] | None = None,
+) -> Path:
+    return make_shards(
+        folder,
+        text=text,
+        corpus_bytes=corpus_bytes,
+        vocab_size=vocab_size,
+        echo=[].append if lines is None else lines.append,
+    )
+
+
+def test_a_users_text_becomes_shards_once_and_another_text_is_refused(
+    made: tuple[Path, Path], tmp_path: Path
+) -> None:
+    folder, text = made
     assert (folder / "text_train.idx").exists()
-    made = (folder / "text_train.bin").stat().st_mtime_ns
-    make(text)
-    assert (folder / "text_train.bin").stat().st_mtime_ns == made
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    lines: list[str] = []
+    make(folder, text, lines=lines)
+    assert [line.split(":")[0] for line in lines] == ["shards"]
     other = tmp_path / "other.txt"
     other.write_text("other")
-    with pytest.raises(DataError, match="was made from another text"):
-        make(other)
+    with pytest.raises(
+        DataError, match=r"other.txt is another text than .*text.txt, which the sha"
+    ):
+        make(folder, other)
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+
+
+def test_shards_that_are_whole_need_no_text_and_say_which_one_they_are_of(
+    made: tuple[Path, Path], tmp_path: Path
+) -> None:
+    folder, text = made
+    lines: list[str] = []
+    # Whatever it was made of: installed text of any size is not asked for.
+    make(folder, corpus_bytes=2000, lines=lines)
+    assert lines[0] == f"text: {text}, which the shards in {folder} are made of"
+    copied = tmp_path / "moved" / "data"
+    shutil.copytree(folder, copied)
+    shutil.copy(text, tmp_path / "copy.txt")
+    make(copied, tmp_path / "copy.txt")
+
+
+def test_a_vocabulary_is_refused_only_where_there_is_a_tokenizer(
+    made: tuple[Path, Path], tmp_path: Path
+) -> None:
+    folder, text = made
+    with pytest.raises(
+        DataError, match=r"with text\.vocab_size 400, not 300; choose another --out"
+    ):
+        make(folder, text, vocab_size=300)
+    begun = tmp_path / "begun"
+    # More pieces than the text has: the corpus is there, and the tokenizer is not.
+    with pytest.raises(DataError, match="vocab"):
+        make(begun, text, vocab_size=50_000)
+    assert (begun / "corpus.jsonl").exists()
+    make(begun, text, vocab_size=400)
+    assert (begun / "text_train.bin").read_bytes() == (folder / "text_train.bin").read_bytes()
 
 
 def test_a_missing_or_short_text_is_refused_by_the_option_that_named_it(tmp_path: Path) -> None:
@@ -59,11 +109,3 @@ def test_a_text_of_which_nothing_is_held_out_is_too_short(
             vocab_size=300,
             echo=print,
         )
-
-
-def test_cutting_keeps_every_character_and_drops_only_blank_ends() -> None:
-    text = "".join(f"line {n}\n" for n in range(2000))
-    pieces = list(cut_text(text))
-    assert "".join(pieces) == text
-    assert max(map(len, pieces)) < 4200
-    assert list(cut_text(" \n \n")) == []
