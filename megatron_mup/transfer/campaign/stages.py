@@ -137,7 +137,7 @@ class _Runner:
         """Refuse what is known to fail before anything runs; returns the exit code."""
         request = self._request
         check_text_options(self._campaign.sweep, self._cells, request.text)
-        check_source(self._campaign.sweep, self._folder, request.text)
+        check_source(self._campaign.sweep, self._cells, self._folder, request.text)
         if self._records.result(Stage.GATE).get("asked_sha256") != digest(self._asked):
             # Another target or gate, or none that is through: files answer other questions.
             self._forget_after(Stage.FIT)

@@ -6,12 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from megatron_mup.data.blend import parse_blend, valid_paths
+from megatron_mup.data.inputs import Compression, InputFormat, find_inputs
 from megatron_mup.data.shard_sets import set_tokens
 from megatron_mup.errors import ConfigError, DataError
 from megatron_mup.transfer.runs import Row
 from megatron_mup.transfer.sweep.cells import Cell
 from megatron_mup.transfer.sweep.folder import SweepFolder
-from megatron_mup.transfer.sweep.shards import make_shards
+from megatron_mup.transfer.sweep.shards import MAX_VALID_FRACTION, make_shards
 from megatron_mup.transfer.sweep.spec import Sweep
 from megatron_mup.transfer.sweep.text_source import check_text
 
@@ -41,17 +42,30 @@ def check_text_options(sweep: Sweep, cells: Sequence[Cell], text: Sequence[Path]
         return
     held_out, needed = sweep.text.valid_tokens, _valid_positions(cells)
     if held_out is not None and held_out <= needed:
+        option, evaluation = _evaluation(sweep, cells)
         raise ConfigError(
-            f"text.valid_tokens is {held_out:,}, but an evaluation reads {needed:,} positions and "
-            "one token more; raise text.valid_tokens or lower run.eval_tokens"
+            f"text.valid_tokens is {held_out:,}, but {evaluation}; raise text.valid_tokens to "
+            f"{needed + 1:,} or lower {option}"
         )
 
 
-def check_source(sweep: Sweep, folder: SweepFolder, text: Sequence[Path]) -> None:
-    """Refuse a text that the folder's shards are not made of, before the folder is touched.
+def _evaluation(sweep: Sweep, cells: Sequence[Cell]) -> tuple[str, str]:
+    """The option that says how long the evaluation is, and what it reads, in words."""
+    reads = f"makes an evaluation read {_valid_positions(cells):,} positions and one token more"
+    if sweep.eval_tokens is not None:
+        return "run.eval_tokens", f"run.eval_tokens {sweep.eval_tokens:,} {reads}"
+    most = max(cell.run.training.eval_iters for cell in cells)
+    return "training.eval_iters", f"training.eval_iters {most:,} {reads}"
+
+
+def check_source(
+    sweep: Sweep, cells: Sequence[Cell], folder: SweepFolder, text: Sequence[Path]
+) -> None:
+    """Refuse a text that cannot serve, before the folder is touched or the text is read.
 
     Raises:
-        DataError: see ``text_source.check_text``; a task has no shards.
+        DataError: the folder's shards are not made of it (see ``text_source.check_text``), it is
+            too short to hold out what is asked for, or a task has no shards.
     """
     if sweep.text is None:
         return
@@ -61,6 +75,40 @@ def check_source(sweep: Sweep, folder: SweepFolder, text: Sequence[Path]) -> Non
             "before the tasks begin"
         )
     check_text(folder.data, text)
+    if not folder.has_shards():
+        _check_length(sweep, cells, text)
+
+
+def _check_length(sweep: Sweep, cells: Sequence[Cell], text: Sequence[Path]) -> None:
+    """Refuse a text that has fewer bytes than the tokens asked for need: a token has one at least.
+
+    What holds out too little all the same is known when it is tokenized.
+    """
+    assert sweep.text is not None
+    held_out = sweep.text.valid_tokens
+    size = _text_bytes(text) if text else sweep.text.corpus_bytes
+    wanted = held_out or _valid_positions(cells) + 1
+    if size is None or wanted <= MAX_VALID_FRACTION * size:
+        return
+    option, evaluation = _evaluation(sweep, cells)
+    if held_out is not None:
+        option, evaluation = "text.valid_tokens", f"text.valid_tokens is {held_out:,}"
+    has = f"the text has {size:,} bytes" if text else f"text.corpus_bytes is {size:,}"
+    raise DataError(
+        f"{evaluation}, but {has}, of which at most half are held out, and a token has at least "
+        f"one; lower {option}, or take more text"
+    )
+
+
+def _text_bytes(text: Sequence[Path]) -> int | None:
+    """Size of files; None if one of them is packed, so that its text is longer."""
+    size = 0
+    for file in find_inputs(text):
+        packed = file.compression is not Compression.NONE or file.format is InputFormat.PARQUET
+        if packed or file.size_bytes is None:
+            return None
+        size += file.size_bytes
+    return size
 
 
 def prepare_data(

@@ -82,7 +82,7 @@ def run_sweep(request: RunRequest, echo: Print) -> int:
         stop_early=sweep.stop_early,
     )
     check_text_options(sweep, cells, request.text)
-    check_source(sweep, folder, request.text)
+    check_source(sweep, cells, folder, request.text)
     if limits.only == frozenset():
         echo("this task has no runs: there are fewer runs than tasks")
     for option in left_out_of_base(sweep):
@@ -169,7 +169,7 @@ def prepare_sweep(
     folder = SweepFolder(out)
     cells = make_cells(sweep, folder.data)
     check_text_options(sweep, cells, text)
-    check_source(sweep, folder, text)
+    check_source(sweep, cells, folder, text)
     with folder.locked():
         prepare_data(sweep, cells, folder=folder, text=text, echo=echo)
         rows = {row.cell: row for row in folder.rows()}

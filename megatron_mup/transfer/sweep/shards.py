@@ -136,8 +136,9 @@ def _check_size(folder: Path, valid_tokens: int, echo: Callable[[str], None]) ->
     train, valid = _sizes(folder)
     if valid < valid_tokens:
         raise DataError(
-            f"the held-out part of the text has {valid} tokens, fewer than {valid_tokens}; use a "
-            "longer text and another --out, or, where the folder was made for fewer, another --out"
+            f"the held-out part of the text has {valid:,} tokens, fewer than {valid_tokens:,} "
+            "(text.valid_tokens; unset: what run.eval_tokens reads, and one token more); lower "
+            "that, or choose another --out, with a longer text if this one was made for as many"
         )
     echo(f"shards: {train:,} training and {valid:,} held-out tokens in {folder}")
 

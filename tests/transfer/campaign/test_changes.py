@@ -122,8 +122,8 @@ def test_a_text_that_was_left_out_or_mistaken_leaves_the_target(
     sweep["base"] |= {"data": {}}
     config = write_campaign(tmp_path, sweep=sweep | {"text": {"vocab_size": 96}})
     text, other = tmp_path / "text.txt", tmp_path / "other.txt"
-    text.write_text("one")
-    other.write_text("two")
+    text.write_text("one " * 100)
+    other.write_text("two " * 100)
     assert run(config, Stage.TARGET, text)[0] == 0
     data = tmp_path / "out/sweep/data"
     data.mkdir()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,6 +13,7 @@ from megatron_mup.errors import ConfigError, DataError
 from megatron_mup.transfer.sweep.cells import make_cells
 from megatron_mup.transfer.sweep.data_checks import (
     check_same_data,
+    check_source,
     check_text_options,
     prepare_data,
 )
@@ -48,17 +51,65 @@ def test_bf16_without_a_fast_kernel_is_warned_of(
         assert lines == told
 
 
-def test_text_that_cannot_serve_is_refused_at_once() -> None:
+def own_text(**options: int) -> dict[str, Any]:
+    """Top-level keys of a sweep that makes its shards."""
+    return {"base": {**SWEEP["base"], "data": {}}, "text": {"vocab_size": 96, **options}}
+
+
+def check_before(folder: Path, *text: Path, eval_tokens: int | None, **options: int) -> None:
+    """What is asked before the folder is touched or a text is read."""
+    changes = own_text(**options) | {"run": eval_tokens and {"eval_tokens": eval_tokens}}
+    sweep, cells = sweep_of(**changes), cells_of(**changes)
+    check_text_options(sweep, cells, text)
+    check_source(sweep, cells, SweepFolder(folder), text)
+
+
+def test_a_text_beside_shards_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"--text novel.txt needs 'text: "):
         check_text_options(sweep_of(), cells_of(), [Path("novel.txt")])
-    base = {**SWEEP["base"], "data": {}}
-    text = {"vocab_size": 96, "valid_tokens": 128}
-    sweep = sweep_of(base=base, text=text)
+
+
+def test_an_evaluation_beyond_what_is_held_out_is_refused_with_both_options(
+    tmp_path: Path,
+) -> None:
     # 100 tokens in whole batches of 64 are 128, and the last label is one more.
-    with pytest.raises(ConfigError, match=r"valid_tokens is 128, but an evaluation reads 128"):
-        check_text_options(sweep, cells_of(base=base, text=text), ())
-    text["valid_tokens"] = 129
-    check_text_options(sweep_of(base=base, text=text), cells_of(base=base, text=text), ())
+    with pytest.raises(ConfigError) as raised:
+        check_before(tmp_path, eval_tokens=100, valid_tokens=128)
+    assert str(raised.value) == (
+        "text.valid_tokens is 128, but run.eval_tokens 100 makes an evaluation read 128 positions "
+        "and one token more; raise text.valid_tokens to 129 or lower run.eval_tokens"
+    )
+    check_before(tmp_path, eval_tokens=100, valid_tokens=129)
+    # Ten batches of 64.
+    with pytest.raises(ConfigError, match=r"but training.eval_iters 10 makes .* read 640 positi"):
+        check_before(tmp_path, eval_tokens=None, valid_tokens=640)
+
+
+def test_more_held_out_tokens_than_half_of_the_bytes_are_refused_unread(tmp_path: Path) -> None:
+    text, packed = tmp_path / "text.txt", tmp_path / "text.txt.gz"
+    text.write_text("x" * 1281)
+    packed.write_bytes(gzip.compress(text.read_bytes()))
+    out = tmp_path / "out"
+    with pytest.raises(DataError) as raised:
+        # 11 batches of 64.
+        check_before(out, text, eval_tokens=641)
+    assert str(raised.value) == (
+        "run.eval_tokens 641 makes an evaluation read 704 positions and one token more, but the "
+        "text has 1,281 bytes, of which at most half are held out, and a token has at least one; "
+        "lower run.eval_tokens, or take more text"
+    )
+    with pytest.raises(DataError, match=r"text.valid_tokens is 700, but the text has 1,281 bytes"):
+        check_before(out, text, eval_tokens=100, valid_tokens=700)
+    with pytest.raises(DataError, match=r"run.eval_tokens 641 .*, but text.corpus_bytes is 1,281,"):
+        check_before(out, eval_tokens=641, corpus_bytes=1281)
+    # Half of two files; and nobody knows how much is in a packed one.
+    check_before(out, text, text, eval_tokens=641)
+    check_before(out, packed, eval_tokens=641)
+    assert not out.exists()
+    # What was once held out of a text is known better.
+    (out / "data").mkdir(parents=True)
+    (out / "data" / "text.manifest.json").touch()
+    check_before(out, eval_tokens=641, corpus_bytes=1281)
 
 
 def test_runs_on_other_shards_are_not_mixed(tmp_path: Path) -> None:

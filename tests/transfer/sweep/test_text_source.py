@@ -153,3 +153,14 @@ def test_without_a_note_a_text_is_compared_with_the_corpus(
     (data / "corpus.jsonl").unlink()
     with pytest.raises(DataError, match=r"text.txt is not known to be the same"):
         check_text(data, [text])
+
+
+def test_a_part_of_a_corpus_is_not_the_same_text(tmp_path: Path, text: Path) -> None:
+    second = tmp_path / "second.txt"
+    second.write_text("two")
+    data = folder_of(tmp_path, text, second)
+    (data / "texts.json").unlink()
+    check_text(data, [text, second])
+    for others in ([text], [text, second, second]):
+        with pytest.raises(DataError, match=r"not known to be the same"):
+            check_text(data, others)
