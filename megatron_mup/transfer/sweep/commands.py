@@ -108,12 +108,15 @@ def plan_command(
     from megatron_mup.transfer.sweep.data_checks import check_text_options
     from megatron_mup.transfer.sweep.folder import SweepFolder
     from megatron_mup.transfer.sweep.plan_report import render_plan
+    from megatron_mup.transfer.sweep.remarks import remarks
     from megatron_mup.transfer.sweep.spec import load_sweep
 
     sweep = load_sweep(config)
     folder = SweepFolder(out or Path("sweep"))
     cells = make_cells(sweep, folder.data)
     check_text_options(sweep, cells, ())
+    for line in remarks(sweep, cells):
+        typer.echo(line)
     rows = {} if out is None else {row.cell: row for row in folder.rows()}
     typer.echo(render_plan(sweep, cells, rows))
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from megatron_mup import exit_codes
 from megatron_mup.errors import ConfigError
 from megatron_mup.transfer.runs import Row, Status, write_parquet
-from megatron_mup.transfer.sweep.base import left_out_of_base
 from megatron_mup.transfer.sweep.cells import Cell, make_cells
 from megatron_mup.transfer.sweep.data_checks import (
     check_same_data,
@@ -23,6 +22,7 @@ from megatron_mup.transfer.sweep.order import Strategy, ended, grid_of, in_start
 from megatron_mup.transfer.sweep.pool import Share
 from megatron_mup.transfer.sweep.progress import saved_early
 from megatron_mup.transfer.sweep.refinement import DecisionLog, added_cells, strategy_of
+from megatron_mup.transfer.sweep.remarks import remarks
 from megatron_mup.transfer.sweep.results import origin_of
 from megatron_mup.transfer.sweep.runner import Ending, Limits, run_cells
 from megatron_mup.transfer.sweep.spec import Sweep, load_sweep
@@ -85,8 +85,8 @@ def run_sweep(request: RunRequest, echo: Print) -> int:
     check_source(sweep, cells, folder, request.text)
     if limits.only == frozenset():
         echo("this task has no runs: there are fewer runs than tasks")
-    for option in left_out_of_base(sweep):
-        echo(f"base: {option} is left out; the sweep places checkpoints and logs itself")
+    for line in remarks(sweep, cells):
+        echo(line)
     with folder.locked():
         prepare_data(sweep, cells, folder=folder, text=request.text, echo=echo)
         ending = _run_locked(sweep, cells, folder, limits=limits, share=request.share, echo=echo)
@@ -170,6 +170,8 @@ def prepare_sweep(
     cells = make_cells(sweep, folder.data)
     check_text_options(sweep, cells, text)
     check_source(sweep, cells, folder, text)
+    for line in remarks(sweep, cells):
+        echo(line)
     with folder.locked():
         prepare_data(sweep, cells, folder=folder, text=text, echo=echo)
         rows = {row.cell: row for row in folder.rows()}
