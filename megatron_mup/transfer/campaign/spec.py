@@ -6,7 +6,7 @@ Reads and checks everything that can be wrong before a stage runs. Must not impo
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from megatron_mup.config import RunConfig
 from megatron_mup.config_io import config_from_dict, read_sections
 from megatron_mup.errors import ConfigError
 from megatron_mup.transfer.campaign.likeness import Kind
+from megatron_mup.transfer.sweep.base import check_base
 from megatron_mup.transfer.sweep.cells import Cell, make_cells
 from megatron_mup.transfer.sweep.reading import Part, read_yaml
 from megatron_mup.transfer.sweep.spec import Sweep, load_sweep, sweep_from_dict
@@ -128,13 +129,17 @@ def load_campaign(path: Path) -> Campaign:
         raise ConfigError(f"there is no campaign '{path}'; give its YAML file")
     top = Part(read_yaml(path), str(path), "", _KEYS)
     sweep = _sweep(top, path)
+    check_base(sweep)
     arm = _arm(top, sweep)
     target = top.part("target", ("config", "launch"))
     config = path.parent / target.text("config")
     sections = read_sections(config)
     return Campaign(
         name=top.name("name"),
-        sweep=sweep_from_dict(_of_arm(sweep.document, arm), origin=str(path)),
+        sweep=replace(
+            sweep_from_dict(_of_arm(sweep.document, arm), origin=str(path)),
+            base_file=sweep.base_file,
+        ),
         arm=arm,
         check=_check(top),
         target_sections=sections,
@@ -157,9 +162,7 @@ def _sweep(top: Part, path: Path) -> Sweep:
     if isinstance(given, str):
         sweep = load_sweep(path.parent / given)
     elif isinstance(given, dict):
-        if isinstance(given.get("base"), str):
-            given = {**given, "base": read_sections(path.parent / given["base"])}
-        sweep = sweep_from_dict(given, origin=f"{path}, sweep")
+        sweep = sweep_from_dict(given, origin=f"{path}, sweep", folder=path.parent)
     else:
         raise top.error("sweep", f"is {given!r}; give the sweep's YAML, here or as a path")
     if sweep.axis != "width":

@@ -45,6 +45,7 @@ from megatron_mup.transfer.sweep.folder import SweepFolder
 from megatron_mup.transfer.sweep.folder_lock import LOCK, held
 from megatron_mup.transfer.sweep.own_rows import own_rows
 from megatron_mup.transfer.sweep.pool import Share
+from megatron_mup.transfer.sweep.remarks import base_remarks
 from megatron_mup.transfer.sweep.results import data_digest
 from megatron_mup.transfer.sweep.session import RunRequest, run_sweep
 
@@ -138,6 +139,8 @@ class _Runner:
         request = self._request
         check_text_options(self._campaign.sweep, self._cells, request.text)
         check_source(self._campaign.sweep, self._cells, self._folder, request.text)
+        for line in base_remarks(self._campaign.sweep):
+            self._echo(line)
         if self._records.result(Stage.GATE).get("asked_sha256") != digest(self._asked):
             # Another target or gate, or none that is through: files answer other questions.
             self._forget_after(Stage.FIT)

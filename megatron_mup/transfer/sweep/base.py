@@ -27,6 +27,15 @@ _REFUSED = {
     "training.profile": "a worker process trains many runs",
     "training.rampup_batch_size": "lengths are counted in batches of one size",
 }
+_BY_KEYS = (
+    "optimizer.lr",
+    "training.seed",
+    "training.train_iters",
+    "schedule.lr_warmup_iters",
+    "training.eval_iters",
+)
+"""Options that keys of the sweep may set, and of which the base's own value is then never used."""
+
 _SCALED = {
     "width": (
         "model.hidden_size",
@@ -59,9 +68,44 @@ def base_sections(sweep: Sweep) -> Sections:
     return sections
 
 
+def check_base(sweep: Sweep) -> None:
+    """Refuse a base, written for this sweep, with options that the sweep sets.
+
+    A file may be a training configuration of its own, which has them all: of it they are said.
+
+    Raises:
+        ConfigError: the option, and who sets it.
+    """
+    if sweep.base_file is not None:
+        return
+    for option, owner in replaced_options(sweep).items():
+        raise ConfigError(
+            f"base sets {option}, but in each run it is set by {owner}; remove it from the base"
+        )
+
+
+def replaced_options(sweep: Sweep) -> dict[str, str]:
+    """Options of the base that no run takes from it -> the key of the sweep that sets them.
+
+    What the axis scales is not among them: runs are scaled from it.
+    """
+    owned = _owned(sweep)
+    return {
+        option: owned[option] for option in _BY_KEYS if option in owned and _given(sweep, option)
+    }
+
+
+def _given(sweep: Sweep, option: str) -> bool:
+    section, name = option.split(".")
+    return (sweep.base.get(section) or {}).get(name) is not None
+
+
 def portable_document(sweep: Sweep) -> dict[str, Any]:
-    """The sweep's YAML with shards named so that it means the same in any folder."""
+    """The sweep's YAML without what it does not use, and meaning the same in any folder."""
     document = copy.deepcopy(dict(sweep.document))
+    for option in (*replaced_options(sweep), *left_out_of_base(sweep)):
+        section, name = option.split(".")
+        del document["base"][section][name]
     data = document["base"].get("data") or {}
     for name in _PATHS[:3]:
         if data.get(name):
@@ -70,14 +114,12 @@ def portable_document(sweep: Sweep) -> dict[str, Any]:
 
 
 def left_out_of_base(sweep: Sweep) -> list[str]:
-    """Options of the base that the sweep replaces by its own, to be told to the user."""
+    """Places and logs of the base that the sweep replaces by its own, to be told to the user."""
     known = option_names()
-    return [
-        f"{section}.{name}"
-        for section in ("checkpoint", "logging")
-        for name in sweep.base.get(section, {})
-        if name in known[section]
+    options = [
+        f"{section}.{name}" for section in ("checkpoint", "logging") for name in known[section]
     ]
+    return [option for option in (*options, "data.data_cache_path") if _given(sweep, option)]
 
 
 def _place_data(sweep: Sweep, sections: Sections) -> None:

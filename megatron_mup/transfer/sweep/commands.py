@@ -104,6 +104,7 @@ def plan_command(
     ] = None,
 ) -> None:
     """Print sizes, lengths and cost; nothing is run or written."""
+    from megatron_mup.transfer.sweep.base import check_base
     from megatron_mup.transfer.sweep.cells import make_cells
     from megatron_mup.transfer.sweep.data_checks import check_text_options
     from megatron_mup.transfer.sweep.folder import SweepFolder
@@ -112,6 +113,7 @@ def plan_command(
     from megatron_mup.transfer.sweep.spec import load_sweep
 
     sweep = load_sweep(config)
+    check_base(sweep)
     folder = SweepFolder(out or Path("sweep"))
     cells = make_cells(sweep, folder.data)
     check_text_options(sweep, cells, ())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_mup.transfer.sweep.base import left_out_of_base
+from megatron_mup.transfer.sweep.base import left_out_of_base, replaced_options
 from megatron_mup.transfer.sweep.cells import Cell
 from megatron_mup.transfer.sweep.spec import Sweep
 
@@ -19,13 +19,22 @@ def remarks(sweep: Sweep, cells: Sequence[Cell]) -> list[str]:
         sweep: what is asked for.
         cells: all of its cells.
     """
-    return [
-        *(
-            f"base: {option} is left out; the sweep places checkpoints and logs itself"
-            for option in left_out_of_base(sweep)
-        ),
-        *_short_runs(sweep, cells),
+    return [*base_remarks(sweep), *_short_runs(sweep, cells)]
+
+
+def base_remarks(sweep: Sweep) -> list[str]:
+    """What of the base is not used; of what ``check_base`` refuses, if it has not been asked."""
+    lines = [
+        f"base: {option} is left out: in each run it is set by {owner}"
+        for option, owner in replaced_options(sweep).items()
     ]
+    places = left_out_of_base(sweep)
+    if places:
+        lines.append(
+            f"base: left out: {', '.join(places)}; the sweep places checkpoints, logs and caches "
+            "itself"
+        )
+    return lines
 
 
 def _short_runs(sweep: Sweep, cells: Sequence[Cell]) -> list[str]:

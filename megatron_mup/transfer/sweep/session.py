@@ -10,6 +10,7 @@ from pathlib import Path
 from megatron_mup import exit_codes
 from megatron_mup.errors import ConfigError
 from megatron_mup.transfer.runs import Row, Status, write_parquet
+from megatron_mup.transfer.sweep.base import check_base
 from megatron_mup.transfer.sweep.cells import Cell, make_cells
 from megatron_mup.transfer.sweep.data_checks import (
     check_same_data,
@@ -71,8 +72,8 @@ def run_sweep(request: RunRequest, echo: Print) -> int:
     Raises:
         MupError: before anything runs, if the YAML, a configuration or the data do not fit.
     """
-    sweep = load_sweep(request.config)
     folder = SweepFolder(request.out, None if request.task is None else request.task.number)
+    sweep = _load(request.config, folder)
     cells = make_cells(sweep, folder.data)
     limits = Limits(
         only=_chosen(cells, request),
@@ -91,6 +92,15 @@ def run_sweep(request: RunRequest, echo: Print) -> int:
         prepare_data(sweep, cells, folder=folder, text=request.text, echo=echo)
         ending = _run_locked(sweep, cells, folder, limits=limits, share=request.share, echo=echo)
     return _end(ending, folder, echo)
+
+
+def _load(config: Path, folder: SweepFolder) -> Sweep:
+    """A sweep whose base says nothing that the sweep says otherwise."""
+    sweep = load_sweep(config)
+    # The folder's own YAML may hold what an earlier version took from a file.
+    if config.absolute() != folder.sweep_yaml.absolute():
+        check_base(sweep)
+    return sweep
 
 
 def _run_locked(
@@ -165,8 +175,8 @@ def prepare_sweep(
     Raises:
         MupError: the YAML, a configuration or the data do not fit.
     """
-    sweep = load_sweep(config)
     folder = SweepFolder(out)
+    sweep = _load(config, folder)
     cells = make_cells(sweep, folder.data)
     check_text_options(sweep, cells, text)
     check_source(sweep, cells, folder, text)

@@ -107,6 +107,7 @@ class Sweep:
     Attributes:
         name: of the sweep.
         base: sections of a training configuration.
+        base_file: where the base lies; None: in the YAML itself.
         axis: what is scaled, one of ``AXES``.
         sizes: values on that axis, increasing.
         log2_lrs: arm -> log2 of its peak base learning rates, increasing.
@@ -127,6 +128,7 @@ class Sweep:
 
     name: str
     base: Mapping[str, Mapping[str, Any]]
+    base_file: Path | None
     axis: str
     sizes: tuple[float, ...]
     log2_lrs: Mapping[str, tuple[float, ...]]
@@ -157,10 +159,7 @@ def load_sweep(path: Path) -> Sweep:
     Raises:
         ConfigError: unreadable file, unknown key (the known ones are listed), wrong value.
     """
-    data = read_yaml(path)
-    if isinstance(data, dict) and isinstance(data.get("base"), str):
-        data = {**data, "base": read_sections(path.parent / data["base"])}
-    return sweep_from_dict(data, origin=str(path))
+    return sweep_from_dict(read_yaml(path), origin=str(path), folder=path.parent)
 
 
 _GRID_KEYS = ("log2_min", "log2_max", "step", "log2")
@@ -182,8 +181,18 @@ _KEYS = (
 )
 
 
-def sweep_from_dict(data: Any, *, origin: str) -> Sweep:
-    """Build a sweep from plain data; see ``load_sweep``."""
+def sweep_from_dict(data: Any, *, origin: str, folder: Path = Path()) -> Sweep:
+    """Build a sweep from plain data; see ``load_sweep``.
+
+    Args:
+        data: the YAML.
+        origin: what messages call it.
+        folder: of a base that is given as a path.
+    """
+    base_file = None
+    if isinstance(data, dict) and isinstance(data.get("base"), str):
+        base_file = folder / data["base"]
+        data = {**data, "base": read_sections(base_file)}
     top = Part(data, origin, "", _KEYS)
     scale = top.part("scale", ("axis", "values"))
     axis = scale.choice("axis", AXES)
@@ -193,6 +202,7 @@ def sweep_from_dict(data: Any, *, origin: str) -> Sweep:
     return Sweep(
         name=top.name("name"),
         base={str(key): dict(value) for key, value in top.mappings("base").items()},
+        base_file=base_file,
         axis=axis,
         sizes=_sizes(scale, axis),
         log2_lrs=_grids(_rates(top), arms),

@@ -13,6 +13,7 @@ from megatron_mup.transfer.campaign.gate import stops_before_runs
 from megatron_mup.transfer.campaign.likeness import Kind, warnings
 from megatron_mup.transfer.campaign.spec import CheckOptions, GateRules, load_campaign
 from megatron_mup.transfer.campaign.target_data import check_target_data
+from tests.transfer.campaign.acting import Acted, run
 from tests.transfer.campaign.campaigns import (
     TARGET,
     campaign_data,
@@ -74,6 +75,17 @@ def test_a_sweep_may_be_a_file_beside_the_campaign(tmp_path: Path) -> None:
     assert campaign.sweep.sizes == (32.0, 64.0, 128.0)
     # Seven rates and three seeds of one of two arms.
     assert len(campaign.proxies(tmp_path)) == 63
+
+
+def test_a_base_may_be_a_whole_run_only_in_a_file(tmp_path: Path, acted: Acted) -> None:
+    sweep = campaign_data()["sweep"]
+    whole = sweep["base"] | {"optimizer": {"lr": 0.1}}
+    with pytest.raises(ConfigError, match=r"base sets optimizer.lr, .* set by learning_rate"):
+        campaign_of(tmp_path, sweep=sweep | {"base": whole})
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(whole))
+    code, lines = run(write_campaign(tmp_path, sweep=sweep | {"base": "run.yaml"}))
+    assert code == 0
+    assert lines[0] == "base: optimizer.lr is left out: in each run it is set by learning_rate"
 
 
 def test_other_arms_are_left_out_with_their_learning_rates(tmp_path: Path) -> None:

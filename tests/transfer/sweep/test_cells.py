@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import pytest
 
 from megatron_mup.config_io import config_to_dict
 from megatron_mup.errors import ConfigError, ParameterizationError
-from megatron_mup.transfer.sweep.base import left_out_of_base
+from megatron_mup.transfer.sweep.base import check_base, left_out_of_base, portable_document
 from megatron_mup.transfer.sweep.cells import Cell, make_cells
+from megatron_mup.transfer.sweep.spec import sweep_from_dict
 from tests.transfer.sweep.sweeps import SWEEP, cells_of, sweep_of
 
 _BASE = SWEEP["base"]
@@ -199,3 +201,48 @@ def test_a_model_without_a_rule_is_refused_with_its_arm() -> None:
     bare = {**_BASE, "parameterization": {}}
     with pytest.raises(ParameterizationError, match=r"^arm base, width 32: "):
         cells_of(base=bare)
+
+
+OWN = {
+    "optimizer.lr": (0.1, "learning_rate"),
+    "training.seed": (3, "seeds"),
+    "training.train_iters": (7, "tokens"),
+    "schedule.lr_warmup_iters": (2, "warmup_fraction"),
+    "training.eval_iters": (5, "run.eval_tokens"),
+}
+"""What a base may not say where the sweep does, and the key that says it."""
+
+
+@pytest.mark.parametrize("option", OWN)
+def test_a_base_that_says_what_the_sweep_sets_is_refused_with_the_reason(option: str) -> None:
+    value, key = OWN[option]
+    section, name = option.split(".")
+    sweep = sweep_of(base=base(**{section: {name: value}}))
+    words = f"base sets {option}, but in each run it is set by {key}; remove it from the base"
+    with pytest.raises(ConfigError, match=words):
+        check_base(sweep)
+    # A configuration in a file has them all, and is said what is not used.
+    check_base(replace(sweep, base_file=Path("run.yaml")))
+
+
+def test_what_the_sweep_leaves_to_the_base_may_stand_there() -> None:
+    free = base(
+        training={"train_iters": 7, "eval_iters": 3}, schedule={"lr_warmup_iters": 4}, optimizer={}
+    )
+    check_base(sweep_of(base=free, tokens=None, warmup_fraction=None, run=None))
+
+
+def test_a_folders_yaml_holds_nothing_that_the_sweep_does_not_use() -> None:
+    full = base(
+        optimizer={"lr": 0.1, "weight_decay": 0.5}, checkpoint={"save": "x"}, training={"seed": 3}
+    )
+    sweep = replace(sweep_of(base=full), base_file=Path("run.yaml"))
+    document = portable_document(sweep)
+    assert (document["base"]["optimizer"], document["base"]["checkpoint"]) == (
+        {"weight_decay": 0.5},
+        {},
+    )
+    kept = sweep_from_dict(document, origin="kept")
+    check_base(kept)
+    ids = [[cell.id for cell in make_cells(each, Path("data"))] for each in (sweep, kept)]
+    assert ids[0] == ids[1]

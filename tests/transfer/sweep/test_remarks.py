@@ -57,10 +57,18 @@ def test_the_option_that_makes_runs_longer_is_named(
 
 
 def test_what_is_left_out_of_the_base_is_said() -> None:
-    base = SWEEP["base"] | {"checkpoint": {"save": "a"}, "logging": {"log_interval": 5}}
-    assert remarks_of(base=base) == [
-        "base: checkpoint.save is left out; the sweep places checkpoints and logs itself",
-        "base: logging.log_interval is left out; the sweep places checkpoints and logs itself",
+    base = SWEEP["base"] | {
+        "checkpoint": {"save": "a", "save_interval": None},
+        "logging": {"log_interval": 5},
+        "data": SWEEP["base"]["data"] | {"data_cache_path": "b"},
+        "optimizer": {"lr": 0.5, "weight_decay": 0.1},
+        "schedule": {"lr_warmup_iters": 3},
+    }
+    assert remarks_of(base=base, run=None) == [
+        "base: optimizer.lr is left out: in each run it is set by learning_rate",
+        "base: schedule.lr_warmup_iters is left out: in each run it is set by warmup_fraction",
+        "base: left out: checkpoint.save, logging.log_interval, data.data_cache_path; the sweep "
+        "places checkpoints, logs and caches itself",
     ]
 
 

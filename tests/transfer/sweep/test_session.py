@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pytest
+import yaml
+from typer.testing import CliRunner
 
+from megatron_mup.cli import app
 from megatron_mup.errors import ConfigError, DataError
 from megatron_mup.transfer.runs import append_row
 from megatron_mup.transfer.sweep.folder import SweepFolder
 from megatron_mup.transfer.sweep.pool import Share
 from megatron_mup.transfer.sweep.session import (
     RunRequest,
+    prepare_sweep,
     record_lines,
     run_sweep,
     selected_ids,
@@ -86,3 +91,29 @@ def test_a_foreign_table_in_the_folder_is_refused(tmp_path: Path) -> None:
         run(config, out)
     (out / "runs.csv").unlink()
     append_row(out / "runs.csv", ROW)
+
+
+def test_a_base_that_says_what_the_sweep_sets_is_refused_unless_it_was_kept_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "megatron_mup.transfer.sweep.pool._WORKER", "tests.transfer.sweep.fake_worker"
+    )
+    monkeypatch.setenv("FAKE_WORKER_CALM", "1")
+    config, out = write_sweep(tmp_path, seeds=[1]), tmp_path / "out"
+    data = yaml.safe_load(config.read_text())
+    data["base"]["optimizer"] = {"lr": 0.1}
+    config.write_text(yaml.safe_dump(data))
+    words = r"base sets optimizer.lr, but in each run it is set by learning_rate; remove it"
+    with pytest.raises(ConfigError, match=words):
+        run(config, out)
+    with pytest.raises(ConfigError, match=words):
+        prepare_sweep(config, out, text=[], echo=print)
+    planned = CliRunner().invoke(app, ["sweep", "plan", str(config)])
+    assert re.search(words, str(planned.exception))
+    assert not out.exists()
+    # A folder of an earlier version, which took its base from a file.
+    out.mkdir()
+    config.rename(out / "sweep.yaml")
+    assert run(out / "sweep.yaml", out) == 0
+    assert "lr" not in yaml.safe_load((out / "sweep.yaml").read_text())["base"]["optimizer"]

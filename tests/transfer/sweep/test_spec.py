@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,8 @@ def test_a_whole_yaml_is_read(tmp_path: Path) -> None:
     )
     # The copy that a sweep's folder keeps needs no second file.
     copy = sweep_from_dict(yaml.safe_load(yaml.safe_dump(dict(sweep.document))), origin="copy")
-    assert copy == sweep
+    assert sweep.base_file == tmp_path / "base.yaml"
+    assert copy == replace(sweep, base_file=None)
 
 
 def test_an_arm_may_have_a_grid_of_its_own() -> None:
