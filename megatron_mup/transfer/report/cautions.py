@@ -54,8 +54,8 @@ def minimum_notes(arm: Arm, minimum: Minimum) -> list[str]:
     # An edge's reason says all; loss and curvature lack for the same one.
     told = [minimum.log2_lr, minimum.loss, minimum.curvature][: 1 if minimum.edge else 3]
     if not arm.seeds_known:
-        notes.append("seeds not known")
         # A fit takes unknown seeds for one, and says so of the loss.
+        notes.append("seeds not known, so that the loss has no interval")
         told = [estimate for estimate in told if estimate is not minimum.loss]
     elif len(set(curve.seeds)) == 1:
         notes.append("one seed")

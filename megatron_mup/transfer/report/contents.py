@@ -108,15 +108,16 @@ def _cautions(study: Study, notes: Sequence[str]) -> list[Block]:
 
 
 def _curves(study: Study) -> list[Block]:
+    repeats = "seeds" if study.seeds_known else "runs"
     caption = (
-        f"Faint points are runs, full points means over seeds{_corrected(study)}, thick lines the "
-        "fitted curves over the learning rates that they use, white diamonds the minima with their "
-        f"{study.level:.0%} intervals; a diamond without a bar has none, and a black arrow is a "
-        "side without a bound. A hollow point with an arrow is the lowest one, at the edge of the "
-        "usable learning rates: the optimum may lie "
+        f"Faint points are runs, full points means over {repeats}{_corrected(study)}, thick lines "
+        "the fitted curves over the learning rates that they use, white diamonds the minima with "
+        f"their {study.level:.0%} intervals; a diamond without a bar has none, and a black arrow "
+        "is a side without a bound. A hollow point with an arrow is the lowest one, at the edge of "
+        "the usable learning rates: the optimum may lie "
         "beyond. Arrows in the strip at the top are means above the axis, crosses are diverged "
-        "runs: bold where all seeds diverged, thin where some did. The strip has a row for each "
-        f"size.{_not_drawn(study)}"
+        f"runs: bold where all {repeats} diverged, thin where some did. The strip has a row for "
+        f"each size.{_not_drawn(study)}"
     )
     return [
         Heading("Loss against learning rate"),
@@ -253,11 +254,11 @@ def _arm_chapter(study: Study, arm: Arm) -> list[Block]:
         "notes",
     )
     rows = tuple(_minimum_row(arm, minimum) for minimum in arm.minima)
-    return [
-        Heading(f"Arm {arm.name}"),
-        Table(head, rows),
-        Table(("across sizes", "value", "meaning"), _metric_rows(study, arm)),
-    ]
+    across: Block = Table(("across sizes", "value", "meaning"), _metric_rows(study, arm))
+    if len(rows) == 1:
+        only = f"{study.axis} {size_text(arm.minima[0].size)}"
+        across = Paragraph(f"All runs are at {only}: there is nothing to compare across sizes.")
+    return [Heading(f"Arm {arm.name}"), Table(head, rows), across]
 
 
 def _minimum_row(arm: Arm, minimum: Minimum) -> tuple[str, ...]:

@@ -189,6 +189,24 @@ def test_runs_that_were_stopped_early_are_counted_below_the_figure(tmp_path: Pat
     assert "2 runs stopped early" in found["Arm mup"]
 
 
+def test_an_arm_of_one_size_has_no_numbers_across_sizes(tmp_path: Path):
+    rows = arm_rows("mup", optimum=-6, sizes=(64,))
+
+    found = chapters(make_report(Reported(rows=tuple(rows)), tmp_path, title="one"))
+
+    assert "All runs are at width 64: there is nothing to compare across sizes." in found["Arm mup"]
+    assert "across sizes | value" not in found["Arm mup"]
+
+
+def test_a_caption_speaks_of_runs_where_seeds_are_not_known(tmp_path: Path):
+    runs = Reported(rows=tuple(arm_rows("mup", optimum=-6, sizes=(64,))), seeds_known=False)
+
+    text = chapters(make_report(runs, tmp_path, title="x"))["Loss against learning rate"]
+
+    assert "full points means over runs, thick lines" in text
+    assert "bold where all runs diverged" in text
+
+
 def test_a_report_that_could_not_be_written_is_refused_before_the_fits(tmp_path: Path):
     (tmp_path / "taken").write_text("a file")
 

@@ -71,7 +71,7 @@ def test_unknown_seeds_are_not_called_one_seed():
 
     text = "\n".join([*arm_cautions(arm, "width"), *minimum_notes(arm, arm.minima[0])])
     assert "the seeds at width 64 and 128 are not known (--column seed=NAME names" in text
-    assert "seeds not known" in text
+    assert "seeds not known, so that the loss has no interval" in text
     assert "one seed" not in text
 
 

@@ -77,6 +77,19 @@ def test_means_without_some_seeds_are_corrected_for_the_levels_of_the_others():
     assert has_uneven_seeds(curve)
 
 
+def test_seeds_may_meet_through_others():
+    # Loss of each learning rate plus level of each seed, without noise.
+    rates, levels = {-7.0: 3.2, -6.0: 3.0, -5.0: 3.3}, {1: 0.1, 2: 0.0, 3: -0.1}
+    ran = ((-7.0, 1), (-7.0, 2), (-6.0, 2), (-6.0, 3), (-5.0, 1))
+    rows = [
+        a_row(log2_lr=at, seed=seed, validation_loss=rates[at] + levels[seed]) for at, seed in ran
+    ]
+
+    (curve,) = curves_of(rows)
+
+    assert dict(means_of(curve)) == pytest.approx(rates)
+
+
 def test_seeds_that_never_meet_correct_nothing():
     rows = [
         a_row(log2_lr=at, seed=seed, validation_loss=loss)
