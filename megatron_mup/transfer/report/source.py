@@ -13,7 +13,7 @@ from pathlib import Path
 
 from megatron_mup.errors import ConfigError, DataError, MupError
 from megatron_mup.transfer.foreign_rows import read_foreign
-from megatron_mup.transfer.report.wording import counted, shortened, size_text
+from megatron_mup.transfer.report.wording import counted, listed, shortened, size_text
 from megatron_mup.transfer.runs import Row, read_rows
 from megatron_mup.transfer.sweep.cells import Cell, make_cells
 from megatron_mup.transfer.sweep.folder import SweepFolder
@@ -174,21 +174,18 @@ def missing_runs(
 
 
 def _places(cells: Sequence[Cell]) -> str:
-    """Arms and sizes with the number of their runs."""
-    counts: dict[object, list[Cell]] = {}
-    for cell in cells:
-        counts.setdefault(cell.curve, []).append(cell)
+    """Arms, their sizes, and the number of runs of each."""
+    counts: dict[str, dict[float, int]] = {}
+    for cell in sorted(cells, key=lambda cell: cell.size):
+        further = "".join(f" {key.split('.')[-1]}={text}" for key, text in cell.settings.items())
+        sizes = counts.setdefault(f"{cell.arm}{further} {cell.axis}", {})
+        sizes[cell.size] = sizes.get(cell.size, 0) + 1
     return shortened(
         [
-            f"{of_it[0].arm}{_further(of_it[0])} {of_it[0].axis} {size_text(of_it[0].size)} "
-            f"({len(of_it)})"
-            for of_it in counts.values()
+            f"{arm} {listed(f'{size_text(size)} ({count})' for size, count in sizes.items())}"
+            for arm, sizes in counts.items()
         ]
     )
-
-
-def _further(cell: Cell) -> str:
-    return "".join(f" {key.split('.')[-1]}={text}" for key, text in cell.settings.items())
 
 
 def mixed_data(rows: Sequence[Row]) -> list[str]:

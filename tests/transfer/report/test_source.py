@@ -82,14 +82,25 @@ def test_missing_runs_are_counted_by_arm_and_size_on_top_of_everything(tmp_path)
 
     (note,) = notes_of(folder)
     assert note == (
-        "3 of 10 runs are missing: base width 64 (1), base width 32 (2); 'megatron-mup sweep run "
+        "3 of 10 runs are missing: base width 32 (2) and 64 (1); 'megatron-mup sweep run "
         f"{folder}/sweep.yaml --out {folder}' goes on"
     )
     report = make_folder_report(folder)
     assert summary(report)[0] == note
     chapter = report.markdown.read_text("utf-8").split("## Before you believe it\n\n")[1]
-    assert chapter.startswith("- 3 of 10 runs are missing: base width 64 (1), base width 32 (2); ")
+    assert chapter.startswith("- 3 of 10 runs are missing: base width 32 (2) and 64 (1); ")
     assert "3 of 10 runs are missing" in report.page.read_text("utf-8")
+
+
+def test_missing_runs_of_several_arms_stand_by_arm(tmp_path):
+    arms = {"mup": {}, "sp": {"parameterization.name": "sp"}}
+    options = {**TEN, "arms": arms, "axes": {"optimizer.weight_decay": [0.1]}}
+    rows = [row for row in rows_of_cells(options) if row.log2_lr > -8]
+    (note,) = notes_of(folder_of(tmp_path, options, rows))
+    assert note.startswith(
+        "4 of 20 runs are missing: mup weight_decay=0.1 width 32 (1) and 64 (1), sp "
+        "weight_decay=0.1 width 32 (1) and 64 (1); 'megatron-mup"
+    )
 
 
 def test_a_failed_run_is_missing_and_a_diverged_or_stopped_one_is_not(tmp_path):
@@ -110,12 +121,12 @@ def test_seeds_near_the_minimum_are_missing_only_where_they_are_due(tmp_path):
     folder = folder_of(tmp_path / "due", options, first)
     # The lowest loss is at -6: -7, -6 and -5 with two seeds, at two widths.
     (note,) = notes_of(folder)
-    assert note.startswith("12 of 22 runs are missing: base width 64 (6), base width 32 (6); ")
+    assert note.startswith("12 of 22 runs are missing: base width 32 (6) and 64 (6); ")
 
     # Width 64 lacks a run of the first seed: its 2 x 5 further ones are not decided.
     waits = [row for row in first if (row.size, row.log2_lr) != (64, -8)]
     (note,) = notes_of(folder_of(tmp_path / "waits", options, waits))
-    assert note.startswith("7 of 16 runs are missing: base width 64 (1), base width 32 (6); up to ")
+    assert note.startswith("7 of 16 runs are missing: base width 32 (6) and 64 (1); up to ")
     assert "up to 10 runs of further seeds wait for those of the first; 'megatron-mup" in note
 
     outside = [row for row in rows_of_cells(options) if row.seed == 1 or abs(row.log2_lr + 6) <= 1]
@@ -126,7 +137,7 @@ def test_runs_that_refinement_asks_for_are_missing_too(tmp_path):
     options = {**TEN, "refine": {}}
     (note,) = notes_of(folder_of(tmp_path, options, rows_of_cells(options)))
     # The lowest loss of each width is at -6: -6.5 and -5.5 come first, with its seed.
-    assert note.startswith("4 of 14 runs are missing: base width 64 (2), base width 32 (2); refine")
+    assert note.startswith("4 of 14 runs are missing: base width 32 (2) and 64 (2); refine")
     assert "refinement adds runs when these have ended" in note
 
 
