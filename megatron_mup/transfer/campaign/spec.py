@@ -14,6 +14,7 @@ from megatron_mup.config import RunConfig
 from megatron_mup.config_io import config_from_dict, read_sections
 from megatron_mup.errors import ConfigError
 from megatron_mup.transfer.campaign.likeness import Kind
+from megatron_mup.transfer.campaign.target_data import SHARDS
 from megatron_mup.transfer.sweep.base import check_base
 from megatron_mup.transfer.sweep.cells import Cell, make_cells
 from megatron_mup.transfer.sweep.reading import Part, read_yaml
@@ -133,13 +134,13 @@ def load_campaign(path: Path) -> Campaign:
     arm = _arm(top, sweep)
     target = top.part("target", ("config", "launch"))
     config = path.parent / target.text("config")
-    sections = read_sections(config)
+    sweep = replace(
+        sweep_from_dict(_of_arm(sweep.document, arm), origin=str(path)), base_file=sweep.base_file
+    )
+    sections = _with_vocabulary(read_sections(config), sweep)
     return Campaign(
         name=top.name("name"),
-        sweep=replace(
-            sweep_from_dict(_of_arm(sweep.document, arm), origin=str(path)),
-            base_file=sweep.base_file,
-        ),
+        sweep=sweep,
         arm=arm,
         check=_check(top),
         target_sections=sections,
@@ -155,6 +156,17 @@ def with_lr(sections: Mapping[str, Mapping[str, Any]], lr: float) -> dict[str, d
     changed = {section: dict(values) for section, values in sections.items()}
     changed.setdefault("optimizer", {})["lr"] = lr
     return changed
+
+
+def _with_vocabulary(
+    sections: Mapping[str, Mapping[str, Any]], sweep: Sweep
+) -> Mapping[str, Mapping[str, Any]]:
+    """A target's sections; one that reads the proxies' shards has their vocabulary if none."""
+    model, data = sections.get("model", {}), sections.get("data", {})
+    if model.get("vocab_size") is not None or any(data.get(name) for name in SHARDS):
+        return sections
+    proxy = make_cells(sweep, Path())[0].run
+    return {**sections, "model": {**model, "vocab_size": proxy.model.vocab_size}}
 
 
 def _sweep(top: Part, path: Path) -> Sweep:

@@ -86,14 +86,24 @@ def run_campaign(request: CampaignRequest, echo: Print) -> int:
         MupError: before anything runs, if the YAML, a configuration or the data do not fit.
     """
     runner = _Runner(request, load_campaign(request.config), echo)
+    try:
+        with as_ctrl_c():
+            return _refuse_or_run(runner, request)
+    except KeyboardInterrupt:
+        # Stages are on record when they are through; the sweep hears requests itself.
+        echo("interrupted; the same command goes on from here")
+        return exit_codes.STOPPED_SAVED
+
+
+def _refuse_or_run(runner: _Runner, request: CampaignRequest) -> int:
+    """Hold the folder, refuse what cannot work, run the stages."""
+    is_new = not request.out.exists()
+    # There is nothing in a new folder to hold, and what is refused is not to leave one behind.
+    if is_new and (code := runner.refuse_early()):
+        return code
     with held(request.out, LOCK, by="campaign"):
-        try:
-            with as_ctrl_c():
-                return runner.refuse_early() or _run_stages(runner, request.until)
-        except KeyboardInterrupt:
-            # Stages are on record when they are through; the sweep hears requests itself.
-            echo("interrupted; the same command goes on from here")
-            return exit_codes.STOPPED_SAVED
+        code = exit_codes.FINISHED if is_new else runner.refuse_early()
+        return code or _run_stages(runner, request.until)
 
 
 def _run_stages(runner: _Runner, until: Stage) -> int:

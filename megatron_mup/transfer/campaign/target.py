@@ -45,10 +45,12 @@ class TargetFiles:
         )
 
     def remove(self) -> bool:
-        """Delete both; returns whether there was one."""
+        """Delete both, and their folder if nothing else is in it; returns whether there was one."""
         there = [path for path in (self.config, self.prediction) if path.exists()]
         for path in there:
             path.unlink()
+        if there and not any(self.config.parent.iterdir()):
+            self.config.parent.rmdir()
         return bool(there)
 
 

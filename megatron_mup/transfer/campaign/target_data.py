@@ -9,7 +9,7 @@ from megatron_mup.config_io import config_from_dict, config_to_dict
 from megatron_mup.errors import ConfigError
 from megatron_mup.transfer.sweep.spec import TextOptions
 
-_SHARDS = ("train_data_path", "valid_data_path", "per_split_data_args_path")
+SHARDS = ("train_data_path", "valid_data_path", "per_split_data_args_path")
 """Options of ``data`` that name shards."""
 
 
@@ -20,10 +20,10 @@ def shards_for(target: RunConfig, proxy: RunConfig) -> dict[str, Any]:
         target: the run that takes the learning rate.
         proxy: any run of the sweep.
     """
-    if any(getattr(target.data, name) for name in _SHARDS):
+    if any(getattr(target.data, name) for name in SHARDS):
         return {}
     data = config_to_dict(proxy)["data"]
-    return {name: data[name] for name in _SHARDS if data[name]}
+    return {name: data[name] for name in SHARDS if data[name]}
 
 
 def check_target_data(target: RunConfig, proxy: RunConfig, text: TextOptions | None) -> None:

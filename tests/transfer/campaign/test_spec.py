@@ -150,6 +150,28 @@ def test_a_target_that_cannot_be_trained_is_refused_at_once(tmp_path: Path) -> N
         load_campaign(tmp_path / "other.yaml")
 
 
+def test_a_target_on_the_proxies_shards_has_their_vocabulary(tmp_path: Path) -> None:
+    bare = {section: dict(options) for section, options in TARGET.items() if section != "data"}
+    del bare["model"]["vocab_size"]
+    for sweep in (
+        campaign_data()["sweep"],
+        campaign_data()["sweep"] | {"text": {"vocab_size": 96}},
+    ):
+        if "text" in sweep:
+            model = {key: value for key, value in TARGET["model"].items() if key != "vocab_size"}
+            model |= {"hidden_size": 32, "num_attention_heads": 2}
+            sweep["base"] = sweep["base"] | {"model": model, "data": {}}
+        campaign = campaign_of(tmp_path, bare, sweep=sweep)
+        assert campaign.target.model.vocab_size == 96
+        assert campaign.target_sections["model"]["vocab_size"] == 96
+    own = target_data(model__vocab_size=128)
+    assert campaign_of(tmp_path, own).target.model.vocab_size == 128
+    # Nobody knows the vocabulary of shards of its own.
+    named = bare | {"data": TARGET["data"]}
+    with pytest.raises(ConfigError, match=r"target.yaml: required option 'model.vocab_size' is no"):
+        campaign_of(tmp_path, named)
+
+
 def test_a_rate_of_the_targets_own_is_no_error(tmp_path: Path) -> None:
     own = TARGET | {"optimizer": {"lr": 0.25, "weight_decay": 0.1}}
     assert campaign_of(tmp_path, own).target.optimizer.weight_decay == 0.1

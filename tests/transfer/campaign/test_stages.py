@@ -170,6 +170,7 @@ def test_what_is_known_before_is_told_before_anything_runs(tmp_path: Path, acted
     config = write_campaign(tmp_path, target_data(parameterization__name="sp"))
     code, lines = run(config)
     assert (code, acted.calls) == (1, [])
+    assert not (tmp_path / "out").exists()
     assert lines[0] == "the gate stops the campaign, and nothing was run:"
     assert "parameterization.name mup -> sp" in lines[1]
     # Proxies alone may be wanted.
