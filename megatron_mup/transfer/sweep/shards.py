@@ -136,9 +136,10 @@ def _check_size(folder: Path, valid_tokens: int, echo: Callable[[str], None]) ->
     train, valid = _sizes(folder)
     if valid < valid_tokens:
         raise DataError(
-            f"the held-out part of the text has {valid:,} tokens, fewer than {valid_tokens:,} "
-            "(text.valid_tokens; unset: what run.eval_tokens reads, and one token more); lower "
-            "that, or choose another --out, with a longer text if this one was made for as many"
+            f"the held-out part of the text has {valid:,} of {train + valid:,} tokens, fewer than "
+            f"{valid_tokens:,} (text.valid_tokens; unset: what run.eval_tokens reads, and one "
+            "token more), and no more than about half can be held out; lower that, or choose "
+            "another --out, with a longer text if this one was made for as many"
         )
     echo(f"shards: {train:,} training and {valid:,} held-out tokens in {folder}")
 
