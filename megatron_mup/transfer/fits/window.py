@@ -93,8 +93,9 @@ def _lost(losses: list[float]) -> tuple[int, int]:
 def _means(usable: list[float], runs: list[tuple[float, float, int]]) -> tuple[float, ...]:
     """Mean loss by learning rate of the additive model learning rate + seed."""
     seeds = sorted({seed for _, _, seed in runs})
-    if len({(at, seed) for at, _, seed in runs}) == len(usable) * len(seeds):
-        # Every seed at every learning rate: its level is in every mean.
+    whole = len({(at, seed) for at, _, seed in runs}) == len(usable) * len(seeds)
+    if whole or not _seeds_meet(runs):
+        # Every seed's level is in every mean; or none can be told from a learning rate's loss.
         return tuple(float(np.mean([loss for at, loss, _ in runs if at == x])) for x in usable)
     columns = np.array(
         [
@@ -105,6 +106,19 @@ def _means(usable: list[float], runs: list[tuple[float, float, int]]) -> tuple[f
     solution = np.linalg.lstsq(columns, np.array([loss for _, loss, _ in runs]), rcond=None)[0]
     level = float(solution[len(usable) :].mean())
     return tuple(float(value) + level for value in solution[: len(usable)])
+
+
+def _seeds_meet(runs: list[tuple[float, float, int]]) -> bool:
+    """Whether each seed shares a learning rate with another one, and so on to all of them."""
+    at_rate: dict[float, set[int]] = {}
+    for log2_lr, _, seed in runs:
+        at_rate.setdefault(log2_lr, set()).add(seed)
+    groups: list[set[int]] = []
+    for seeds in at_rate.values():
+        touched = [group for group in groups if group & seeds]
+        groups = [group for group in groups if not group & seeds]
+        groups.append(seeds.union(*touched))
+    return len(groups) <= 1
 
 
 def choose_window(grid: Grid, octaves: float) -> tuple[float, ...]:

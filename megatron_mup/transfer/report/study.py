@@ -240,25 +240,9 @@ def means_of(curve: Curve) -> list[tuple[float, float]]:
     """
     runs = list(zip(curve.log2_lrs, curve.losses, curve.seeds, strict=True))
     ended = [run for run in runs if math.isfinite(run[1])]
-    if not _seeds_meet(ended):
-        # Then no level can be told from a learning rate's loss.
-        ended = [(at, loss, 0) for at, loss, _ in ended]
     log2_lrs, losses, seeds = zip(*ended, strict=True) if ended else ((), (), ())
     grid = read_grid(Curve(size=curve.size, log2_lrs=log2_lrs, losses=losses, seeds=seeds))
     return list(zip(grid.log2_lrs, grid.means, strict=True))
-
-
-def _seeds_meet(runs: Sequence[tuple[float, float, int]]) -> bool:
-    """Whether each seed shares a learning rate with another one, and so on to all of them."""
-    at_rate: dict[float, set[int]] = {}
-    for log2_lr, _, seed in runs:
-        at_rate.setdefault(log2_lr, set()).add(seed)
-    groups: list[set[int]] = []
-    for seeds in at_rate.values():
-        touched = [group for group in groups if group & seeds]
-        groups = [group for group in groups if not group & seeds]
-        groups.append(seeds.union(*touched))
-    return len(groups) <= 1
 
 
 def has_uneven_seeds(curve: Curve) -> bool:

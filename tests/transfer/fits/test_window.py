@@ -75,6 +75,16 @@ def test_a_bad_seed_that_ran_near_the_lowest_only_does_not_move_it() -> None:
     assert found[0].lowest == pytest.approx((-6.0, 3.1))
 
 
+def test_seeds_that_never_meet_leave_the_means_alone() -> None:
+    """A column of run ids: no seed's level can be told from a learning rate's loss."""
+    losses = {-8.0: 3.4, -7.0: 3.1, -6.0: 3.0, -5.0: 3.05, -4.0: 3.2}
+    seeds = (1, 1, 2, 1, 1)
+    runs = Curve(size=64.0, log2_lrs=tuple(losses), losses=tuple(losses.values()), seeds=seeds)
+    found = fit_minima([runs])[0]
+    assert found.edge is None
+    assert found.lowest == pytest.approx((-6.0, 3.0))
+
+
 def test_a_low_edge_bounds_the_optimum_from_above() -> None:
     found = fit({-8.0: 2.7, -7.0: 2.8, -6.0: 2.9, -5.0: 3.2, -4.0: 3.9})
     assert found.edge == "low"
