@@ -8,7 +8,7 @@ from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_mup.checkpoint.contents import take_over, wanted_tree
-from megatron_mup.checkpoint.safe_pickle import check_extra_states, safe_reading
+from megatron_mup.checkpoint.safe_pickle import loading_extra_states, safe_reading
 from megatron_mup.errors import CheckpointError, MupError
 from megatron_mup.training.state import TrainState
 
@@ -28,7 +28,6 @@ def load_checkpoint(state: TrainState, folder: Path, *, weights_only: bool) -> N
     try:
         with safe_reading(folder):
             loaded = dist_checkpointing.load(tree, str(folder))
-        check_extra_states(loaded)
     except MupError:
         raise
     except (Exception, CheckpointException) as error:
@@ -38,4 +37,5 @@ def load_checkpoint(state: TrainState, folder: Path, *, weights_only: bool) -> N
             f"cannot load checkpoint {folder}, a file of it is damaged or it is of another model "
             f"({lines[-1].strip()}); choose another one with checkpoint.ckpt_step"
         ) from error
-    take_over(state, loaded, weights_only=weights_only)
+    with loading_extra_states(loaded):
+        take_over(state, loaded, weights_only=weights_only)

@@ -10,7 +10,7 @@ things of a torch_dist checkpoint:
     _extra_state    ``pickle.loads`` of a byte tensor in TransformerEngine's ``set_extra_state``
 
 ``safe_reading`` puts an allow-list before the first and torch's own restricted unpickler before the
-second; ``check_extra_states`` looks through the third before a module sees it. Importing
+second; ``loading_extra_states`` looks through the third before a module sees it. Importing
 megatron.core already makes ``torch.storage._load_from_bytes``, the nested pickle of a tensor,
 restricted. Objects that ranks send each other are not files and stay as they are.
 """
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import pickle
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -83,6 +84,8 @@ EXTRA_STATE_GLOBALS = frozenset(
 """What TransformerEngine 2's ``get_extra_state`` can pickle under our recipes: CPU tensors, the
 recipe and plain values. Source: ``pytorch/module/base.py``, ``common/recipe/__init__.py``."""
 
+_ENGINES_PERMISSION = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
+
 _GLOBAL = re.compile(r"\bGLOBAL ([\w.]+)")
 
 
@@ -119,7 +122,7 @@ def safe_reading(folder: Path) -> Iterator[None]:
 
 
 def check_extra_states(tree: Any) -> None:
-    """Check every ``_extra_state`` of a loaded state dict; call it before ``load_state_dict``.
+    """Check every ``_extra_state`` of a loaded state dict.
 
     Args:
         tree: nested dicts and lists as ``dist_checkpointing.load`` returns them.
@@ -165,6 +168,31 @@ def check_extra_state(blob: Any, *, name: str = "_extra_state") -> None:
     # A damaged pickle can raise anything.
     except Exception as error:
         raise _refusal(name, error) from error
+
+
+@contextlib.contextmanager
+def loading_extra_states(tree: Any) -> Iterator[None]:
+    """Check every ``_extra_state`` of a loaded state dict, and let modules load them inside.
+
+    TransformerEngine (2.17 and 2.20) refuses to unpickle delayed scaling's state, whatever is in
+    it, unless the environment allows that; without it no delayed run could be resumed.
+
+    Args:
+        tree: as for ``check_extra_states``.
+
+    Raises:
+        CheckpointError: as ``check_extra_state``, before the block.
+    """
+    check_extra_states(tree)
+    before = os.environ.get(_ENGINES_PERMISSION)
+    os.environ[_ENGINES_PERMISSION] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_ENGINES_PERMISSION]
+        else:
+            os.environ[_ENGINES_PERMISSION] = before
 
 
 def _allow(allowed: frozenset[tuple[str, str]], module: str, name: str) -> None:

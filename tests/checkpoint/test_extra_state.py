@@ -5,17 +5,28 @@ from __future__ import annotations
 import dataclasses
 import enum
 import io
+import os
 import pickle
 import sys
 import types
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from megatron.core.tensor_parallel import ColumnParallelLinear
 
-from megatron_mup.checkpoint.safe_pickle import check_extra_state, check_extra_states
+from megatron_mup.checkpoint.load import load_checkpoint
+from megatron_mup.checkpoint.safe_pickle import (
+    check_extra_state,
+    check_extra_states,
+    loading_extra_states,
+)
+from megatron_mup.checkpoint.save import save_checkpoint
 from megatron_mup.errors import CheckpointError
 from tests.checkpoint.malicious import KINDS, Marker, Reduced, saved
+from tests.checkpoint.short_runs import trained
+from tests.configurations import tiny
 
 
 class _FormatHelper(NamedTuple):
@@ -121,3 +132,47 @@ def test_an_extra_state_saved_by_torch_is_read_as_data_only(marker: Marker) -> N
 def test_an_extra_state_of_another_kind_is_refused(blob: Any) -> None:
     with pytest.raises(CheckpointError, match="holds something else than plain data"):
         check_extra_state(blob)
+
+
+# TransformerEngine's own opt-in, by its documentation of ``set_extra_state`` (2.20).
+PERMISSION = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
+
+
+@pytest.mark.parametrize("before", [None, "0"])
+def test_a_checked_extra_state_may_be_unpickled_while_it_is_loaded(
+    recipes: None, monkeypatch: pytest.MonkeyPatch, before: str | None
+) -> None:
+    monkeypatch.delenv(PERMISSION, raising=False)
+    if before is not None:
+        monkeypatch.setenv(PERMISSION, before)
+    with loading_extra_states({"a._extra_state": extra_state()}):
+        assert os.environ[PERMISSION] == "1"
+    assert os.environ.get(PERMISSION) == before
+
+
+def test_an_extra_state_with_code_gets_no_permission(
+    marker: Marker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(PERMISSION, raising=False)
+    code = marker.payload("posix.system")
+    blob = torch.frombuffer(bytearray(pickle.dumps(code)), dtype=torch.uint8)
+    with pytest.raises(CheckpointError), loading_extra_states({"a._extra_state": blob}):
+        raise AssertionError
+    assert PERMISSION not in os.environ
+
+
+def test_modules_have_the_permission_when_a_checkpoint_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(PERMISSION, raising=False)
+    seen = []
+
+    def set_extra_state(module: torch.nn.Module, state: Any) -> None:
+        seen.append(os.environ.get(PERMISSION))
+
+    monkeypatch.setattr(ColumnParallelLinear, "set_extra_state", set_extra_state)
+    with trained(tiny(), steps=1) as state:
+        folder = save_checkpoint(state, tmp_path)
+        load_checkpoint(state, folder, weights_only=False)
+    # Query, key and value, and the FFN's first matrix, of two layers; the readout.
+    assert seen == ["1"] * 5
