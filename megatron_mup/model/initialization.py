@@ -4,13 +4,17 @@ Each logical tensor is cut into blocks of ``BLOCK`` rows along the axis that ten
 splits, and each block has its own random stream, keyed by (seed, tensor name, block number). A rank
 draws the blocks that overlap its shard and nothing else, so the values depend neither on TP, PP and
 DP nor on the order of drawing, and a 10B model costs a rank only its own share. Values are
-drawn on the CPU in fp32 and then cast, so a GPU starts from the same weights.
+drawn on the CPU in fp32 and then cast, so a GPU starts from the same weights; as many threads draw
+as torch may use.
 """
 
 from __future__ import annotations
 
 import hashlib
 import itertools
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +29,12 @@ from megatron_mup.parameterization.table import ParameterTable, TableRow
 BLOCK = 128
 """Rows (or columns, for row-parallel matrices) of one random stream. Ours; part of the format:
 changing it changes every initial weight."""
+
+
+Span = tuple[int, int]
+"""Half-open range of rows."""
+
+Rows = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -46,9 +56,7 @@ def block_generator(seed: int, name: str, block: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
 
 
-def draw_rows(
-    *, seed: int, name: str, length: int, width: int, span: tuple[int, int]
-) -> NDArray[np.float32]:
+def draw_rows(*, seed: int, name: str, length: int, width: int, span: Span) -> Rows:
     """Standard normal rows ``span`` of a [length, width] tensor, whoever asks for them.
 
     Args:
@@ -71,6 +79,23 @@ def draw_rows(
         low, high = max(first, start), min(last, stop)
         rows[low - start : high - start] = values[low - first : high - first]
     return rows
+
+
+def _in_order(draw: Callable[[Span], Rows], spans: Iterable[Span]) -> Iterator[tuple[Span, Rows]]:
+    """Draw spans on several threads and hand them over in their order.
+
+    numpy draws without holding the interpreter. No more than a block per thread waits.
+    """
+    threads = torch.get_num_threads()
+    drawn: deque[tuple[Span, Future[Rows]]] = deque()
+    with ThreadPoolExecutor(threads, thread_name_prefix="draw") as pool:
+        for span in spans:
+            drawn.append((span, pool.submit(draw, span)))
+            if len(drawn) > threads:
+                first, rows = drawn.popleft()
+                yield first, rows.result()
+        for span, rows in drawn:
+            yield span, rows.result()
 
 
 def _group_rows(part: Part, shape: ModelShape) -> tuple[int, int, int]:
@@ -148,14 +173,18 @@ def _fill(view: Tensor, row: TableRow, shape: ModelShape, *, seed: int, shard: S
     start, stop = part_span(tensor, shape, shard) if split else (0, length)
     if start == stop:
         return
+
+    def draw(span: Span) -> Rows:
+        rows = draw_rows(seed=seed, name=tensor.name, length=length, width=width, span=span)
+        # In place and block by block: the memory beyond the weights is that of a few blocks.
+        rows *= np.float32(row.init_std)
+        return rows
+
     # flatten() of the interleaved query, key and value would be a copy, and the writing lost.
     matrix = view.flatten(0, -2) if view.is_contiguous() else None
     # Cut at block boundaries: a shard that starts inside a block draws no block twice.
     boundaries = range((start // BLOCK + 1) * BLOCK, stop, BLOCK)
-    for low, high in itertools.pairwise((start, *boundaries, stop)):
-        rows = draw_rows(seed=seed, name=tensor.name, length=length, width=width, span=(low, high))
-        # In place and block by block: the memory beyond the weights is one block's.
-        rows *= np.float32(row.init_std)
+    for (low, high), rows in _in_order(draw, itertools.pairwise((start, *boundaries, stop))):
         values = torch.from_numpy(rows)
         if axis == 1:
             view[:, low - start : high - start].copy_(values.T)

@@ -7,13 +7,16 @@ in 4 query groups, F = 640 gated, V = 512; blocks have 128 rows.
 from __future__ import annotations
 
 import hashlib
+import threading
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
 
 from megatron_mup.config import RunConfig
-from megatron_mup.model.initialization import Shard, draw_rows, initialize
+from megatron_mup.model import initialization
+from megatron_mup.model.initialization import Shard, block_generator, draw_rows, initialize
 from megatron_mup.model.naming import canonical_names
 from tests.configurations import tiny
 from tests.model.sharded_stage import ShardedStage
@@ -161,6 +164,32 @@ def test_a_span_of_rows_is_the_slice_of_the_whole_tensor(span: tuple[int, int]) 
     part = draw_rows(seed=7, name="tensor", length=300, width=5, span=span)
     assert np.array_equal(part, whole[span[0] : span[1]])
     assert np.array_equal(whole, independent_blocks("tensor", 300, 5, seed=7))
+
+
+@pytest.fixture
+def three_threads() -> Iterator[None]:
+    """What torch may use, for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_several_threads_draw_the_values_of_one(
+    whole: dict[str, torch.Tensor], three_threads: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Each of the first three blocks waits for the others.
+    meeting = threading.Barrier(3, timeout=30)
+
+    def met(seed: int, name: str, block: int) -> np.random.Generator:
+        if name == "embedding.word_embeddings.weight" and block < 3:
+            meeting.wait()
+        return block_generator(seed, name, block)
+
+    monkeypatch.setattr(initialization, "block_generator", met)
+    again = stage(run_of())
+    assert again.keys() == whole.keys()
+    assert [name for name in whole if not torch.equal(again[name], whole[name])] == []
 
 
 def test_gains_start_at_one_and_biases_at_zero(whole: dict[str, torch.Tensor]) -> None:

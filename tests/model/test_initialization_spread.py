@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 from collections import Counter
 from pathlib import Path
 from typing import ClassVar
@@ -100,12 +101,14 @@ class CountingGenerator:
     """Counts the values asked for and returns zeros at no cost."""
 
     drawn: ClassVar[Counter[str]] = Counter()
+    counting: ClassVar[threading.Lock] = threading.Lock()
 
     def __init__(self, name: str) -> None:
         self.name = name
 
     def standard_normal(self, size: tuple[int, int], dtype: type) -> np.ndarray:
-        self.drawn[self.name] += size[0] * size[1]
+        with self.counting:
+            self.drawn[self.name] += size[0] * size[1]
         return np.broadcast_to(dtype(0.0), size)
 
 
