@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from tests.distributed.spawn import run_ranks
+from tests.gpu.conftest import Measured
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900)]
 
@@ -115,7 +116,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str
 
 @pytest.mark.parametrize("layout", FITTING)
 def test_layout_follows_the_bf16_run_of_one_gpu(
-    layout: str, reports: dict[str, list[dict[str, Any]]]
+    layout: str, reports: dict[str, list[dict[str, Any]]], measured: Measured
 ) -> None:
     (expected,) = reports["reference"]
     # Relative rounding: 2^-8 in bf16, 2^-4 in E4M3, averaged over thousands of tokens.
@@ -123,6 +124,9 @@ def test_layout_follows_the_bf16_run_of_one_gpu(
     assert expected["losses"][-1] < expected["losses"][0] - 5 * tolerance
     for report in reports[layout]:
         difference = np.array(report["losses"]) - np.array(expected["losses"])
+        norms = np.array(report["norms"]) / np.array(expected["norms"]) - 1
+        measured("largest difference of losses, nats", float(np.abs(difference).max()))
+        measured("largest relative difference of norms", float(np.abs(norms).max()))
         assert np.abs(difference).max() < tolerance
         assert report["norms"] == pytest.approx(expected["norms"], rel=10 * tolerance)
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_mup.memory import rank_memory, workspace_bytes
+from megatron_mup.memory import GIB, rank_memory, workspace_bytes
 from megatron_mup.planning.contents import chunk_contents
 from megatron_mup.training.batches import micro_batches
 from megatron_mup.training.processes import Launch, parallel_processes
 from megatron_mup.training.state import build_state
 from megatron_mup.training.step import train_step
 from tests.configurations import tiny
+from tests.gpu.conftest import Measured
 from tests.random_samples import RandomSamples
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
@@ -42,7 +43,9 @@ CELLS = {
 
 
 @pytest.mark.parametrize("name", CELLS)
-def test_the_allocators_peak_is_within_a_tenth_of_the_estimate(name: str) -> None:
+def test_the_allocators_peak_is_within_a_tenth_of_the_estimate(
+    name: str, measured: Measured
+) -> None:
     run = tiny(*COMMON, *CELLS[name])
     estimate = rank_memory(run, chunk_contents(run, 0), stage=0, data_parallel_size=1)
     with parallel_processes(run, Launch()):
@@ -61,4 +64,6 @@ def test_the_allocators_peak_is_within_a_tenth_of_the_estimate(name: str) -> Non
             train_step(state, batches, 2)
         peak = torch.cuda.max_memory_allocated()
 
-    assert peak == pytest.approx(estimate.total + workspace_bytes(run, readout=True), rel=0.1)
+    expected = estimate.total + workspace_bytes(run, readout=True)
+    measured("peak, estimate in GiB", f"{peak / GIB:.3f}, {expected / GIB:.3f}")
+    assert peak == pytest.approx(expected, rel=0.1)
