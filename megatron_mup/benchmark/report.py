@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import platform as python_platform
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
-from megatron_mup import __version__
+from megatron_mup import __version__, platform
 from megatron_mup.benchmark.loop_cost import ENGINE, PARTS, LoopCost
 from megatron_mup.benchmark.measure import Ratio
 from megatron_mup.benchmark.save_cost import SaveCost, Times
@@ -64,7 +65,7 @@ def circumstances(command: str) -> Circumstances:
     Args:
         command: the command line that measures, for the reader to repeat.
     """
-    packages = ", ".join(f"{name} {version(name)}" for name in ("megatron-core", "torch"))
+    packages = ", ".join(f"{name} {number}" for name, number in _versions().items())
     python = python_platform.python_version()
     now = datetime.datetime.now(datetime.UTC)
     return Circumstances(
@@ -75,6 +76,18 @@ def circumstances(command: str) -> Circumstances:
         date=now.strftime("%Y-%m-%d %H:%M UTC"),
         command=command,
     )
+
+
+def _versions() -> dict[str, str]:
+    """What computes: on a GPU, CUDA's libraries and TransformerEngine as well."""
+    found = {name: version(name) for name in ("megatron-core", "torch")}
+    if not platform.has_cuda():
+        return found
+    cudnn = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
+    found |= {"CUDA": str(torch.version.cuda), "cuDNN": str(cudnn)}
+    with contextlib.suppress(PackageNotFoundError):
+        found["transformer-engine"] = version("transformer-engine")
+    return found
 
 
 _HEADER = (

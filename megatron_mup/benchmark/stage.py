@@ -27,6 +27,8 @@ from megatron_mup.planning.command import load_without_rate
 from megatron_mup.planning.gpus import gpu_called
 from megatron_mup.run_source import RunSource
 
+EXIT_FAILED = 1
+
 ENDS: dict[str, dict[str, bool]] = {
     "none": {},
     "embedding": {"embedding": True},
@@ -72,13 +74,28 @@ def measure_and_report(
     report = StageReport(gpu_called(gpu))
     for (kind, parts), run in runs.items():
         typer.echo(f"{parts.label}, {kind}")
-        report.add(kind, parts, run, measure_stage(run, parts, steps=steps))
+        _measure(report, kind, parts, run, steps=steps)
         # After each stage: a run that is cut keeps what it has.
         if calibration is not None:
             publish_text(calibration, yaml.safe_dump(report.calibration(), sort_keys=False))
         if output is not None:
             publish_text(output, json.dumps(report.plain(), indent=1) + "\n")
     typer.echo(report.table())
+    if report.failed:
+        raise typer.Exit(EXIT_FAILED)
+
+
+def _measure(
+    report: StageReport, kind: Precision, parts: StageParts, run: RunConfig, *, steps: int
+) -> None:
+    """Add a stage to the report, or why it has no numbers: the others are worth having anyway."""
+    try:
+        report.add(kind, parts, run, measure_stage(run, parts, steps=steps))
+    # Out of memory, no compiler, no kernel: RuntimeErrors of torch.
+    except RuntimeError as error:
+        name = f"{parts.label}, {kind}"
+        report.failed[name] = f"{type(error).__name__}: {str(error)[:500]}"
+        typer.echo(f"{name}: {report.failed[name]}", err=True)
 
 
 def chosen(

@@ -62,11 +62,15 @@ class StageReport:
 
     Args:
         gpu: whose peak, bandwidth and memory the plan uses.
+
+    Attributes:
+        failed: errors by stages that could not be measured.
     """
 
     def __init__(self, gpu: Gpu) -> None:
         self.gpu = gpu
         self.rows: list[_Row] = []
+        self.failed: dict[str, str] = {}
 
     def add(
         self, precision: Precision, parts: StageParts, run: RunConfig, found: StageMeasurement
@@ -116,6 +120,7 @@ class StageReport:
             "circumstances": dataclasses.asdict(circumstances(_COMMAND)),
             "calibration": self.calibration(),
             "stages": [self._plain_row(row) for row in self.rows],
+            "failed": self.failed,
         }
 
     def _plain_row(self, row: _Row) -> dict[str, Any]:

@@ -129,6 +129,18 @@ def test_circumstances_come_from_this_machine() -> None:
     assert found.commit
 
 
+def test_on_a_gpu_the_circumstances_name_its_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = {"megatron-core": "0.19.2", "torch": "2.11.0", "transformer-engine": "2.20.2"}
+    monkeypatch.setattr(report.platform, "has_cuda", lambda: True)
+    monkeypatch.setattr(report, "version", installed.__getitem__)
+    monkeypatch.setattr("torch.version.cuda", "13.0")
+    monkeypatch.setattr("torch.backends.cudnn.version", lambda: 91900)
+    assert (
+        "megatron-core 0.19.2, torch 2.11.0, CUDA 13.0, cuDNN 91900, transformer-engine 2.20.2"
+        in report.circumstances("go").software
+    )
+
+
 def test_a_page_replaces_the_old_one_and_leaves_nothing_else(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("old")

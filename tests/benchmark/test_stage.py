@@ -19,6 +19,7 @@ from megatron_mup.benchmark.stage_measure import (
     stage_flops,
 )
 from megatron_mup.benchmark.stage_report import StageReport
+from megatron_mup.config import RunConfig
 from megatron_mup.errors import ConfigError
 from megatron_mup.planning.assumptions import assumptions_for, ends
 from megatron_mup.planning.gpus import GpuName, gpu_called
@@ -144,6 +145,34 @@ def test_the_command_measures_every_stage_on_this_machine(
     assert all(min(row["forward_ms"], row["backward_ms"], row["update_ms"]) > 0 for row in rows)
     assert yaml.safe_load(calibration.read_text())["compute_tflops_bf16"] > 0
     assert "1 layers + embedding" in capsys.readouterr().out
+
+
+def test_a_stage_that_fails_leaves_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def measured(run: RunConfig, parts: StageParts, *, steps: int) -> StageMeasurement:
+        if parts.layers == 1:
+            raise RuntimeError("CUDA out of memory")
+        return measurement(0.2)
+
+    monkeypatch.setattr(stage, "measure_stage", measured)
+    config = tmp_path / "tiny.yaml"
+    config.write_text(yaml.safe_dump(TINY))
+    output = tmp_path / "stage.json"
+    arguments = (
+        "--config", str(config), "--layers", "1,2", "--ends", "none",
+        "--precision", "bf16", "--output", str(output),
+    )  # fmt: skip
+    monkeypatch.setattr("sys.argv", ["stage", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        stage.main()
+    assert ended.value.code == 1
+    report = json.loads(output.read_text())
+    assert [row["stage"] for row in report["stages"]] == ["2 layers"]
+    assert report["failed"] == {"1 layers, bf16": "RuntimeError: CUDA out of memory"}
+    printed = capsys.readouterr()
+    assert "1 layers, bf16: RuntimeError: CUDA out of memory" in printed.err
+    assert "2 layers" in printed.out
 
 
 @pytest.mark.parametrize(
