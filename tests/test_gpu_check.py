@@ -218,6 +218,15 @@ def test_a_sweep_goes_on_from_the_table_that_came_back(machine: Machine) -> None
     assert status.endswith("--json")
 
 
+def test_a_sweep_takes_the_text_that_was_carried(machine: Machine) -> None:
+    assert machine.run("sweep-fp8").returncode == 0
+    assert "--text" not in machine.calls()[0]
+    text = machine.carried / "text.jsonl.xz"
+    text.touch()
+    assert machine.run("sweep-fp8", "--", "--max-cells", "1").returncode == 0
+    assert machine.calls()[2].endswith(f"--threads 1 --text {text} --max-cells 1")
+
+
 def documented_download() -> str:
     """The command of docs/gpu.md that downloads the wheels."""
     (block,) = re.findall(r"```bash\n(\{ grep .*?)\n```", (ROOT / "docs/gpu.md").read_text(), re.S)

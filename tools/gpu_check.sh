@@ -128,7 +128,10 @@ measure() {
 
 # Runs what has no row yet, for as long as there is time; the folder of the runs stays outside --out.
 sweep() {
-    local folder=$site/../$stage code=0
+    local folder=$site/../$stage code=0 text
+    for text in "$carried"/text.jsonl*; do
+        [ ! -f "$text" ] || arguments=(--text "$text" ${arguments[@]+"${arguments[@]}"})
+    done
     mkdir -p "$folder"
     [ ! -e "$out/$stage.csv" ] || cp "$out/$stage.csv" "$folder/runs.csv"
     run "$python" -m megatron_mup sweep run "$1" --out "$folder" --gpu-share 4 --threads 1 \
