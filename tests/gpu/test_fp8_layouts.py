@@ -119,8 +119,9 @@ def test_layout_follows_the_bf16_run_of_one_gpu(
     layout: str, reports: dict[str, list[dict[str, Any]]], measured: Measured
 ) -> None:
     (expected,) = reports["reference"]
-    # Relative rounding: 2^-8 in bf16, 2^-4 in E4M3, averaged over thousands of tokens.
-    tolerance = 0.05 if "FP8" in layout else 0.01
+    # On a CPU, bf16 is at most 0.0004 nats and 0.07% of a norm from fp32 in these ten steps; E4M3
+    # rounds 16 times as coarsely. About five times as much is allowed, and ten to the norms.
+    tolerance = 0.03 if "FP8" in layout else 0.003
     assert expected["losses"][-1] < expected["losses"][0] - 5 * tolerance
     for report in reports[layout]:
         difference = np.array(report["losses"]) - np.array(expected["losses"])
@@ -128,7 +129,7 @@ def test_layout_follows_the_bf16_run_of_one_gpu(
         measured("largest difference of losses, nats", float(np.abs(difference).max()))
         measured("largest relative difference of norms", float(np.abs(norms).max()))
         assert np.abs(difference).max() < tolerance
-        assert report["norms"] == pytest.approx(expected["norms"], rel=10 * tolerance)
+        assert report["norms"] == pytest.approx(expected["norms"], rel=4 * tolerance)
 
 
 def test_fp8_changes_the_computation(reports: dict[str, list[dict[str, Any]]]) -> None:
