@@ -32,6 +32,7 @@ from megatron_mup.benchmark.measure import (
     ratio,
     unpaired_ratio,
 )
+from megatron_mup.benchmark.plain_gpt import require_plain
 from megatron_mup.config import RunConfig
 from megatron_mup.errors import ConfigError
 from megatron_mup.training.batches import Batch
@@ -116,6 +117,9 @@ def contestant(
         precision: of its products.
         overrides: ``key=value``, for all alike.
         compiled: use ``torch.compile``; plain PyTorch only.
+
+    Raises:
+        MupError: the run cannot be configured so, or plain PyTorch does not have it.
     """
     builds: dict[str, Callable[[RunConfig], TrainStep]] = {
         MUP: mup_contestant,
@@ -124,6 +128,8 @@ def contestant(
         PLAIN: partial(plain_contestant, compiled=compiled),
     }
     run = speed_run(model, precision, sp=name == SP, overrides=overrides)
+    if name == PLAIN:
+        require_plain(run.model)
     return Contestant(name=name, precision=precision, run=run, build=builds[name])
 
 

@@ -77,7 +77,7 @@ class PlainGPT(nn.Module):
 
     def __init__(self, model: ModelConfig) -> None:
         super().__init__()
-        _require_plain(model)
+        require_plain(model)
         self.norm_epsilon = model.norm_epsilon
         self.embedding = nn.Embedding(model.padded_vocab_size, model.hidden_size)
         self.blocks = nn.ModuleList(PlainBlock(model) for _ in range(model.num_layers))
@@ -99,8 +99,15 @@ class PlainGPT(nn.Module):
         return functional.cross_entropy(logits_BSV.flatten(0, 1), labels_BS.flatten())
 
 
-def _require_plain(model: ModelConfig) -> None:
-    """Refuse what this file does not compute."""
+def require_plain(model: ModelConfig) -> None:
+    """Refuse what this file does not compute.
+
+    Args:
+        model: architecture.
+
+    Raises:
+        ConfigError: see ``PlainGPT``.
+    """
     refused = {
         f"num_query_groups {model.query_groups}": model.query_groups != model.num_attention_heads,
         f"activation {model.activation}": model.activation is not Activation.GELU,

@@ -126,6 +126,10 @@ def test_mup_alone_is_measured_or_profiled(tmp_path: Path, monkeypatch: pytest.M
         (("--precision", "fp4"), "--precision is 'fp4'; use some of bf16,fp8"),
         (("--pairs", "1"), "--pairs is 1; an interval needs at least 2"),
         (("recompute_granularity=all", *ON_CPU), "recompute_granularity"),
+        (
+            ("activation=swiglu", *ON_CPU),
+            "the plain PyTorch GPT of the benchmark has no activation",
+        ),
         (("--precision", "bf16"), "needs TransformerEngine"),
     ],
 )
