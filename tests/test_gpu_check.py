@@ -198,6 +198,13 @@ def test_a_failing_stage_says_so_and_its_arguments_go_to_the_last_command(machin
     assert (machine.out / "equality.log").is_file()
 
 
+def test_plugins_that_happen_to_be_installed_are_left_out(machine: Machine) -> None:
+    write_script(machine.python, PYTHON.format(folder=machine.folder) + "env >>calls\n")
+    machine.run("resume")
+    assert "PYTEST_DISABLE_PLUGIN_AUTOLOAD=1" in (machine.folder / "calls").read_text().splitlines()
+    assert machine.calls()[-1].startswith("-m pytest -p pytest_timeout -m gpu --measured")
+
+
 def test_a_ninth_file_or_a_deep_folder_is_reported(machine: Machine) -> None:
     machine.out.mkdir()
     for number in range(8):

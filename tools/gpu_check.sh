@@ -113,7 +113,9 @@ run() {
 }
 
 run_tests() {
-    run "$python" -m pytest -m gpu --measured "$out/$stage.json" "$@" ${arguments[@]+"${arguments[@]}"}
+    # The plugins of torch's environment were made for its own pytest.
+    export PYTEST_DISABLE_PLUGIN_AUTOLOAD=1
+    run "$python" -m pytest -p pytest_timeout -m gpu --measured "$out/$stage.json" "$@" ${arguments[@]+"${arguments[@]}"}
 }
 
 # Two such models do not fit into the memory at once.
