@@ -134,6 +134,8 @@ sweep() {
     for text in "$carried"/text.jsonl*; do
         [ ! -f "$text" ] || arguments=(--text "$text" ${arguments[@]+"${arguments[@]}"})
     done
+    # A worker compiles one small kernel, the activation: a pool of compilers takes longer to start.
+    export TORCHINDUCTOR_COMPILE_THREADS=${TORCHINDUCTOR_COMPILE_THREADS:-1}
     mkdir -p "$folder"
     [ ! -e "$out/$stage.csv" ] || cp "$out/$stage.csv" "$folder/runs.csv"
     run "$python" -m megatron_mup sweep run "$1" --out "$folder" --gpu-share 4 --threads 1 \

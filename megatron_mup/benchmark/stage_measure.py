@@ -196,6 +196,8 @@ class _Stage:
         """Forward, backward and update of one microbatch; seconds of each by a clock."""
         self.wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
+        # As the schedules do; otherwise the first step's FP8 weights would serve all steps.
+        self.wrapped.set_is_first_microbatch()
         start = now()
         output = self._forward()
         forward = now()

@@ -7,13 +7,16 @@ from pathlib import Path
 
 import pytest
 import yaml
+from megatron.core.transformer.module import MegatronModule
 
 from megatron_mup.benchmark import stage, stage_measure
 from megatron_mup.benchmark.gpu_models import Precision
 from megatron_mup.benchmark.stage import chosen, stage_run
 from megatron_mup.benchmark.stage_measure import (
+    ALONE,
     StageMeasurement,
     StageParts,
+    measure_stage,
     predict,
     stage_contents,
     stage_flops,
@@ -23,7 +26,7 @@ from megatron_mup.config import RunConfig
 from megatron_mup.errors import ConfigError
 from megatron_mup.planning.assumptions import assumptions_for, ends
 from megatron_mup.planning.gpus import GpuName, gpu_called
-from tests.configurations import TINY
+from tests.configurations import TINY, tiny
 
 TEN_BILLION = Path("launch/configs/mup_10b.yaml")
 LAYERS = StageParts(layers=2)
@@ -145,6 +148,14 @@ def test_the_command_measures_every_stage_on_this_machine(
     assert all(min(row["forward_ms"], row["backward_ms"], row["update_ms"]) > 0 for row in rows)
     assert yaml.safe_load(calibration.read_text())["compute_tflops_bf16"] > 0
     assert "1 layers + embedding" in capsys.readouterr().out
+
+
+def test_every_step_quantizes_its_weights_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = []
+    monkeypatch.setattr(MegatronModule, "set_is_first_microbatch", lambda _self: steps.append(1))
+    monkeypatch.setattr(stage_measure, "WARMUP_STEPS", 1)
+    measure_stage(tiny("global_batch_size=2", *ALONE), LAYERS, steps=3)
+    assert len(steps) == 1 + 3
 
 
 def test_a_stage_that_fails_leaves_the_others(
