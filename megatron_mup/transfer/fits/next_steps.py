@@ -89,7 +89,8 @@ def steps_at_curves(minima: Sequence[Minimum], axis: str) -> list[str]:
     """
     fine = [one for one in _inner(minima) if not _is_coarse(one)]
     halves = _half_steps(minima, axis)
-    return [*halves, *_repeat_steps(fine, axis, beside=bool(halves))]
+    beside = bool(halves or edge_steps(minima, axis))
+    return [*halves, *_repeat_steps(fine, axis, beside=beside)]
 
 
 def _inner(minima: Sequence[Minimum]) -> list[Minimum]:

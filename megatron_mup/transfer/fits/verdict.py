@@ -39,7 +39,7 @@ def judge(transfer: Transfer, *, axis: str = "width") -> Verdict:
             next_steps=steps_without_transfer(transfer, axis),
         )
     missing = [
-        *_trend_missing(transfer),
+        *_trend_missing(transfer, axis),
         *_misfits(transfer, axis),
         *_shift_missing(shift),
         *_penalty_missing(penalty, loss),
@@ -75,13 +75,16 @@ def _apart(shift: Estimate) -> bool:
     return above or (shift.high is not None and shift.high < -SHIFT)
 
 
-def _trend_missing(transfer: Transfer) -> list[str]:
-    """Optima that were not found show no trend, however many sizes were run."""
+def _trend_missing(transfer: Transfer, axis: str) -> list[str]:
+    """Optima that were not found show no trend, and may contradict that of the others."""
     known = [one.size for one in transfer.minima if one.log2_lr.value is not None]
-    if len(known) >= FEWEST_FOR_TREND:
+    unknown = [one.size for one in transfer.minima if one.log2_lr.value is None]
+    if len(known) < FEWEST_FOR_TREND:
+        of = f" of {len(transfer.sizes)}" if unknown else ""
+        return [f"{len(known)}{of} sizes have a known optimum, and {FEWEST_FOR_TREND} show a trend"]
+    if not unknown:
         return []
-    of = "" if len(known) == len(transfer.sizes) else f" of {len(transfer.sizes)}"
-    return [f"{len(known)}{of} sizes have a known optimum, and {FEWEST_FOR_TREND} show a trend"]
+    return [f"the optimum is not known at {axis} {', '.join(f'{size:g}' for size in unknown)}"]
 
 
 def _misfits(transfer: Transfer, axis: str) -> list[str]:
@@ -123,7 +126,7 @@ def _shift_words(shift: Estimate, axis: str) -> str:
     if shift.high is not None or shift.low is not None:
         ends = [f"at least {shift.low:+.2f}"] if shift.low is not None else []
         ends += [f"at most {shift.high:+.2f}"] if shift.high is not None else []
-        return f"{start} {' and '.join(ends)} {unit} ({shift.reason})"
+        return f"the optimum's shift is {' and '.join(ends)} {unit} ({shift.reason})"
     return f"the optimum's shift is unknown ({shift.reason})"
 
 

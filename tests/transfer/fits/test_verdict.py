@@ -94,8 +94,18 @@ def test_three_sizes_with_two_known_optima_do_not_show_a_transfer() -> None:
         "What keeps it open: 2 of 3 sizes have a known optimum, and 3 show a trend."
     )
     assert verdict.next_steps[0] == "add learning rates above 2^-3 at width 128"
-    whole = (*minima, start.minima[3])
-    assert judge(replace(start, minima=whole)).outcome == "transfers"
+
+
+def test_a_size_without_an_optimum_may_contradict_three_that_have_one() -> None:
+    """Its only step is at the edge: the other optima are known to 0.08 octaves."""
+    start = transfer((-0.1, 0.1), (0.0, 0.01))
+    unknown = Estimate(value=None, low=-4.0, reason="edge")
+    edge = replace(minimum(128.0, -3.0), edge="high", log2_lr=unknown, lowest=(-3.0, 3.0))
+    minima = (start.minima[0], edge, *start.minima[2:])
+    verdict = judge(replace(start, minima=minima))
+    assert verdict.outcome == "cannot tell"
+    assert verdict.because.endswith("What keeps it open: the optimum is not known at width 128.")
+    assert verdict.next_steps == ("add learning rates above 2^-3 at width 128",)
 
 
 def test_a_curve_that_misses_its_points_carries_no_transfer() -> None:
