@@ -217,8 +217,9 @@ def _check_columns(path: Path, found: Sequence[str]) -> None:
     if tuple(found) != COLUMNS:
         raise DataError(
             f"{path} has the columns {', '.join(found)}; this version's tables have "
-            f"{', '.join(COLUMNS)}; move the file away, or name the columns of another program's "
-            "table with --column"
+            f"{', '.join(COLUMNS)}; of another program's table name the columns, such as "
+            "--column width=NAME --column lr=NAME --column loss=NAME --column seed=NAME; otherwise "
+            "move the file away"
         )
 
 

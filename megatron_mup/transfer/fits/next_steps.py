@@ -43,12 +43,11 @@ def steps_without_transfer(transfer: Transfer, axis: str) -> tuple[str, ...]:
         transfer: whose optimum moves.
         axis: what is scaled, for the sentences.
     """
-    further = 2 * transfer.sizes[-1]
-    return (
-        *edge_steps(transfer.minima, axis),
-        f"tune the learning rate at each {axis}, or follow the fitted trend of the optimum and "
-        f"check it at a further {axis}, such as {further:g}",
-    )
+    tune = f"tune the learning rate at each {axis}"
+    if transfer.minima[-1].log2_lr.value is not None:
+        tune += ", or follow the fitted trend of the optimum and check it at a further "
+        tune += f"{axis}, such as {2 * transfer.sizes[-1]:g}"
+    return (*edge_steps(transfer.minima, axis), tune)
 
 
 def edge_steps(minima: Sequence[Minimum], axis: str) -> list[str]:
@@ -70,12 +69,14 @@ def narrowing_steps(minima: Sequence[Minimum], *, scatter: float | None, axis: s
         axis: what is scaled, for the sentences.
     """
     if len(minima) < FEWEST_FOR_TREND:
-        return [_further_size(minima, axis), *_half_steps(minima, axis)]
+        return [_further_size(minima, axis), *half_steps(minima, axis)]
     known = sum(one.log2_lr.value is not None for one in minima)
     if scatter and known >= FEWEST_FOR_TREND:
         why = f"the optima scatter by {scatter:.2f} octaves about their line beyond their errors"
         further = f"{_further_size(minima, axis)} ({why}, which seeds do not narrow)"
-        return [*_half_steps(minima, axis), further]
+        # What is vague by its own noise wants seeds all the same.
+        seeds = _repeat_steps(_fine(minima), axis, beside=True)
+        return [*half_steps(minima, axis), further, *seeds]
     steps = steps_at_curves(minima, axis)
     return steps if len(minima) > FEWEST_FOR_TREND else [*steps, _further_size(minima, axis)]
 
@@ -87,17 +88,27 @@ def steps_at_curves(minima: Sequence[Minimum], axis: str) -> list[str]:
         minima: of one arm; those at an edge are left out.
         axis: what is scaled, for the sentences.
     """
-    fine = [one for one in _inner(minima) if not _is_coarse(one)]
-    halves = _half_steps(minima, axis)
+    halves = half_steps(minima, axis)
     beside = bool(halves or edge_steps(minima, axis))
-    return [*halves, *_repeat_steps(fine, axis, beside=beside)]
+    return [*halves, *_repeat_steps(_fine(minima), axis, beside=beside)]
 
 
 def _inner(minima: Sequence[Minimum]) -> list[Minimum]:
     return [one for one in minima if one.edge is None and one.lowest is not None]
 
 
-def _half_steps(minima: Sequence[Minimum], axis: str) -> list[str]:
+def _fine(minima: Sequence[Minimum]) -> list[Minimum]:
+    """Those to which half steps would add little."""
+    return [one for one in _inner(minima) if not _is_coarse(one)]
+
+
+def half_steps(minima: Sequence[Minimum], axis: str) -> list[str]:
+    """Learning rates that would test the shape of curves that miss their points or have few.
+
+    Args:
+        minima: of one arm; those at an edge are left out.
+        axis: what is scaled, for the sentences.
+    """
     return [
         f"learning rates half an octave to either side of {_centre(one)} at {axis} {one.size:g}"
         + ("" if one.misfit is not None else f" ({one.points} points do not fix the curve's shape)")

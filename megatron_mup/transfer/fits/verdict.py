@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from megatron_mup.transfer.fits.next_steps import (
     FEWEST_FOR_TREND,
+    half_steps,
     steps_to_decide,
     steps_without_transfer,
 )
@@ -45,7 +46,9 @@ def judge(transfer: Transfer, *, axis: str = "width") -> Verdict:
         *_penalty_missing(penalty, loss),
     ]
     if not missing:
-        return Verdict(outcome="transfers", because=f"{because}.", next_steps=())
+        # Nothing keeps it open, but what it rests on may be tested.
+        steps = tuple(half_steps(transfer.minima, axis))
+        return Verdict(outcome="transfers", because=f"{because}.", next_steps=steps)
     return Verdict(
         outcome="cannot tell",
         because=f"{because}. What keeps it open: {'; '.join(missing)}.",

@@ -70,7 +70,12 @@ def make_report(
     check_writable([markdown, page, figures / "x"], overwrite=True, option="--out")
     study = study_rows(runs.rows, level=level, seeds_known=runs.seeds_known)
     document = write_contents(
-        study, title=title, command=command, source=runs.table, notes=runs.notes
+        study,
+        title=title,
+        command=command,
+        source=runs.table,
+        notes=runs.notes,
+        incomplete=runs.incomplete,
     )
     drawings = {}
     with explained_failure(folder, "--out"):

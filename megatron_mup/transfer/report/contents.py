@@ -41,7 +41,13 @@ from megatron_mup.transfer.runs import Status
 
 
 def write_contents(
-    study: Study, *, title: str, command: str = "", source: str = "", notes: Sequence[str] = ()
+    study: Study,
+    *,
+    title: str,
+    command: str = "",
+    source: str = "",
+    notes: Sequence[str] = (),
+    incomplete: bool = False,
 ) -> Document:
     """Say everything that the report says.
 
@@ -51,10 +57,11 @@ def write_contents(
         command: that makes it.
         source: table that the runs come from.
         notes: what to say of the runs, first of all that warns.
+        incomplete: the sweep asks for runs that have not ended, which the notes name.
     """
     blocks: list[Block] = [
         *_verdicts(study),
-        *_next_steps(study),
+        *_next_steps(study, incomplete=incomplete),
         *_cautions(study, notes),
         *_curves(study),
         *_optima(study),
@@ -86,15 +93,18 @@ def _verdicts(study: Study) -> list[Block]:
     ]
 
 
-def _next_steps(study: Study) -> list[Block]:
-    items = tuple(
+def _next_steps(study: Study, *, incomplete: bool) -> list[Block]:
+    items = [
         Paragraph(sentence(step), f"{arm.name}:")
         for arm in study.arms
         for step in arm.verdict.next_steps
-    )
-    if not items:
-        items = (Paragraph("The verdicts ask for no further runs."),)
-    return [Heading("What to run next"), Bullets(items)]
+    ]
+    if incomplete:
+        first = "First the runs that the sweep still asks for, named below: they may be those here."
+        items.insert(0, Paragraph(first))
+    elif not items:
+        items = [Paragraph("The verdicts ask for no further runs.")]
+    return [Heading("What to run next"), Bullets(tuple(items))]
 
 
 def _cautions(study: Study, notes: Sequence[str]) -> list[Block]:

@@ -29,13 +29,15 @@ class Reported:
 
     Attributes:
         rows: of these runs.
-        notes: what was left out, what is missing, what does not compare; in words.
+        notes: what is missing, what was left out, what does not compare; in words.
+        incomplete: the sweep asks for runs that have not ended.
         seeds_known: the table names the runs' seeds.
         table: that the runs come from, to be printed; empty: not said.
     """
 
     rows: tuple[Row, ...]
     notes: tuple[str, ...] = ()
+    incomplete: bool = False
     seeds_known: bool = True
     table: str = ""
 
@@ -61,10 +63,16 @@ def reported(source: Path, columns: Sequence[str] = ()) -> Reported:
             table=str(table),
         )
     rows = read_rows(table)
-    notes: list[str] = []
+    missing: list[str] = []
+    left_out: list[str] = []
     if source.is_dir():
-        rows, notes = rows_of_sweep(source, rows)
-    return Reported(rows=tuple(rows), notes=(*notes, *mixed_data(rows)), table=str(table))
+        rows, missing, left_out = rows_of_sweep(source, rows)
+    return Reported(
+        rows=tuple(rows),
+        notes=(*missing, *left_out, *mixed_data(rows)),
+        incomplete=bool(missing),
+        table=str(table),
+    )
 
 
 def table_of(source: Path) -> Path:
@@ -95,7 +103,7 @@ def _mapping(columns: Sequence[str]) -> dict[str, str]:
     return mapping
 
 
-def rows_of_sweep(source: Path, rows: Sequence[Row]) -> tuple[list[Row], list[str]]:
+def rows_of_sweep(source: Path, rows: Sequence[Row]) -> tuple[list[Row], list[str], list[str]]:
     """Rows of the runs that a folder's ``sweep.yaml`` asks for.
 
     Args:
@@ -103,20 +111,21 @@ def rows_of_sweep(source: Path, rows: Sequence[Row]) -> tuple[list[Row], list[st
         rows: of its table.
 
     Returns:
-        The rows, and in words how many are missing, and how many are left out and why.
+        The rows; in words how many are missing; in words how many are left out and why.
 
     Raises:
         DataError: no row is of such a run.
     """
     folder = SweepFolder(source)
     if not folder.sweep_yaml.exists():
-        return list(rows), []
+        return list(rows), [], []
     try:
         sweep = folder.read_sweep()
         cells = make_cells(sweep, folder.data)
     except MupError as error:
         reason = " ".join(str(error).split())
-        return list(rows), [f"all {len(rows)} rows are used: sweep.yaml cannot be read ({reason})"]
+        used = f"all {len(rows)} rows are used: sweep.yaml cannot be read ({reason})"
+        return list(rows), [], [used]
     own = own_rows(rows, cells)
     if rows and not own:
         raise DataError(
@@ -130,7 +139,7 @@ def rows_of_sweep(source: Path, rows: Sequence[Row]) -> tuple[list[Row], list[st
     }
     said = [f"{count} of {len(rows)} rows are left out: {why}" for why, count in left_out.items()]
     missing = missing_runs(sweep, cells, last, folder=folder)
-    return last, [*missing, *(words for words in said if not words.startswith("0 "))]
+    return last, missing, [words for words in said if not words.startswith("0 ")]
 
 
 def missing_runs(

@@ -26,6 +26,8 @@ from megatron_mup.transfer.sweep.text_source import (
 
 VALID_FRACTION = 0.05
 MAX_VALID_FRACTION = 0.5
+_SPARE = 1.1
+"""Share that is aimed at, over the one that is needed."""
 MIN_VALID_TOKENS = 2_000
 MIN_TEXT_BYTES = 200_000
 """Less text has too few distinct pieces for the tokenizer."""
@@ -114,10 +116,20 @@ def _split_text(corpus: Path, folder: Path, valid_tokens: int) -> None:
         options = PreprocessOptions(valid_fraction=fraction, overwrite=True)
         preprocess([corpus], folder / "text", tokenizer=tokenizer, options=options)
         train, valid = _sizes(folder)
-        # Documents go by their hash, so that a share is met but roughly.
-        fraction = max(1.2 * fraction, 1.1 * valid_tokens / (train + valid))
-        if valid >= valid_tokens or fraction > MAX_VALID_FRACTION:
+        if valid >= valid_tokens:
             return
+        # Documents go by their hash, so that a share is met but roughly.
+        fraction = max(1.2 * fraction, _SPARE * valid_tokens / (train + valid))
+        if fraction > MAX_VALID_FRACTION:
+            # These shards would serve no smaller number either.
+            job_manifest_path(folder / "text").unlink()
+            most = int(MAX_VALID_FRACTION / _SPARE * (train + valid))
+            raise DataError(
+                f"{valid_tokens:,} tokens are to be held out (text.valid_tokens; unset: what "
+                f"run.eval_tokens reads, and one token more), but of the text's {train + valid:,} "
+                f"at most half are, about {most:,} for sure if it has lines enough; lower that, or "
+                "give a longer text with another --out"
+            )
 
 
 def _sizes(folder: Path) -> tuple[int, int]:
@@ -138,8 +150,7 @@ def _check_size(folder: Path, valid_tokens: int, echo: Callable[[str], None]) ->
         raise DataError(
             f"the held-out part of the text has {valid:,} of {train + valid:,} tokens, fewer than "
             f"{valid_tokens:,} (text.valid_tokens; unset: what run.eval_tokens reads, and one "
-            "token more), and no more than about half can be held out; lower that, or choose "
-            "another --out, with a longer text if this one was made for as many"
+            "token more); lower that, or choose another --out, whose shards are made for it"
         )
     echo(f"shards: {train:,} training and {valid:,} held-out tokens in {folder}")
 

@@ -6,7 +6,7 @@ Says what is asked for; what follows from it for each run is ``cells``. Must not
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -250,15 +250,12 @@ def _grids(rates: Part, arms: Iterable[str]) -> dict[str, tuple[float, ...]]:
 
 def _checked_grid(rates: Part) -> tuple[float, ...]:
     """The grid, unless one of it can be no learning rate."""
+    # Before the steps between the ends: those of learning rates seldom lead from one to the other.
+    if rates.has("log2_min") and rates.has("log2_max") and not rates.has("log2"):
+        ends = rates.required_number("log2_min"), rates.required_number("log2_max")
+        _refuse_rates(rates, "log2_min", ends)
     grid = _grid(rates)
-    if look_like_rates(grid):
-        key = "log2" if rates.has("log2") else "log2_min"
-        meant = ", ".join(f"{math.log2(rate):.4g}" for rate in grid)
-        raise rates.error(
-            key,
-            f"gives {', '.join(f'{rate:g}' for rate in grid)}, which look like learning rates and "
-            f"not like their log2; for these learning rates give log2: [{meant}]",
-        )
+    _refuse_rates(rates, "log2" if rates.has("log2") else "log2_min", grid)
     far = [log2_lr for log2_lr in grid if abs(log2_lr) > _LARGEST_LOG2]
     if far:
         key = "log2" if rates.has("log2") else "log2_min" if far[0] < 0 else "log2_max"
@@ -268,6 +265,16 @@ def _checked_grid(rates: Part) -> tuple[float, ...]:
             f"{-_LARGEST_LOG2} to {_LARGEST_LOG2}",
         )
     return grid
+
+
+def _refuse_rates(rates: Part, key: str, given: Sequence[float]) -> None:
+    if look_like_rates(given):
+        meant = ", ".join(f"{math.log2(rate):.4g}" for rate in given)
+        raise rates.error(
+            key,
+            f"gives {', '.join(f'{rate:g}' for rate in given)}, which look like learning rates and "
+            f"not like their log2; for these learning rates give log2: [{meant}]",
+        )
 
 
 def _grid(rates: Part) -> tuple[float, ...]:

@@ -194,7 +194,9 @@ def test_few_widths_want_another_one_rather_than_seeds(sizes: list[int], step: s
 
 def test_a_wide_interval_wants_what_made_it_wide() -> None:
     """Scatter between widths: no seeds. Three points a curve: half octaves before seeds."""
-    minima = [minimum(size) for size in (32, 64, 96, 128)]
+    known = Estimate(value=-6.0, low=-6.1, high=-5.9, error=0.05)
+    loss = Estimate(value=3.0, error=0.01)
+    minima = [replace(minimum(size), log2_lr=known, loss=loss) for size in (32, 64, 96, 128)]
     scattered = replace(fit_of(minima, low=-6.75, high=-5.5), scatter=0.3)
     (stop,) = stops_after_fit(scattered, RULES)
     assert stop.next_step.startswith("a further width, such as 256 (the optima scatter by 0.30")

@@ -117,6 +117,10 @@ def test_a_curve_that_misses_its_points_carries_no_transfer() -> None:
     narrowed = replace(bent, narrowed=True)
     kept = replace(start, minima=(start.minima[0], narrowed, *start.minima[2:]))
     assert judge(kept).outcome == "transfers"
+    assert judge(kept).next_steps == (
+        "learning rates half an octave to either side of 2^-6 at width 128",
+    )
+    assert judge(start).next_steps == ()
 
 
 def test_what_keeps_it_open_is_named_with_its_number() -> None:
@@ -152,6 +156,10 @@ def test_scatter_between_sizes_asks_for_sizes_and_not_for_seeds() -> None:
     assert judge(wide).next_steps == (
         "a further width, such as 1024 (the optima scatter by 0.20 octaves about their line beyond "
         "their errors, which seeds do not narrow)",
+    )
+    vague = replace(wide.minima[0], log2_lr=known(-6.0, error=0.2))
+    assert judge(replace(wide, minima=(vague, *wide.minima[1:]))).next_steps[1:] == (
+        "more seeds around 2^-6 at width 64 (its optimum lies between 2^-6.40 and 2^-5.60)",
     )
 
 
@@ -206,6 +214,17 @@ def test_two_sizes_can_refute_a_transfer_but_not_show_one() -> None:
     )
     assert agreeing.next_steps == ("a third width, such as 256",)
     assert judge(two((-0.9, -0.7))).outcome == "does not transfer"
+
+
+def test_no_trend_is_followed_beyond_a_largest_size_without_an_optimum() -> None:
+    start = transfer((-0.9, -0.7), (0.0, 0.01))
+    last = replace(
+        start.minima[3], edge="low", log2_lr=Estimate(value=None, reason="edge"), lowest=(-8.0, 3.0)
+    )
+    assert judge(replace(start, minima=(*start.minima[:3], last))).next_steps == (
+        "add learning rates below 2^-8 at width 512",
+        "tune the learning rate at each width",
+    )
 
 
 def test_what_does_not_transfer_is_tuned_or_follows_its_trend() -> None:

@@ -32,21 +32,22 @@ def test_runs_that_refinement_added_stay_and_those_on_other_shards_go(tmp_path):
     )
     folder_of(tmp_path, TEN, [])
 
-    kept, notes = rows_of_sweep(tmp_path, [*rows, added, old])
+    kept, missing, notes = rows_of_sweep(tmp_path, [*rows, added, old])
 
     assert kept == [*rows, added]
+    assert missing == []
     assert notes == [
         "1 of 12 rows are left out: on other shards than the run that started last (column "
         "data_sha256)"
     ]
-    assert rows_of_sweep(tmp_path, [*rows, added]) == ([*rows, added], [])
+    assert rows_of_sweep(tmp_path, [*rows, added]) == ([*rows, added], [], [])
 
 
 def test_a_yaml_that_cannot_be_read_any_more_leaves_all_rows(tmp_path):
     rows = rows_of_cells(TEN)
-    assert rows_of_sweep(tmp_path, rows) == (rows, [])
+    assert rows_of_sweep(tmp_path, rows) == (rows, [], [])
     (tmp_path / "sweep.yaml").write_text("name: x\nstairs: {}\n")
-    kept, (note,) = rows_of_sweep(tmp_path, rows)
+    kept, _, (note,) = rows_of_sweep(tmp_path, rows)
     assert kept == rows
     assert note.startswith("all 10 rows are used: sweep.yaml cannot be read (")
     assert "stairs" in note
@@ -87,7 +88,9 @@ def test_missing_runs_are_counted_by_arm_and_size_on_top_of_everything(tmp_path)
     )
     report = make_folder_report(folder)
     assert summary(report)[0] == note
-    chapter = report.markdown.read_text("utf-8").split("## Before you believe it\n\n")[1]
+    text = report.markdown.read_text("utf-8")
+    assert "## What to run next\n\n- First the runs that the sweep still asks for" in text
+    chapter = text.split("## Before you believe it\n\n")[1]
     assert chapter.startswith("- 3 of 10 runs are missing: base width 32 (2) and 64 (1); ")
     assert "3 of 10 runs are missing" in report.page.read_text("utf-8")
 

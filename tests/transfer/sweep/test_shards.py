@@ -102,7 +102,7 @@ def test_a_text_of_which_nothing_is_held_out_is_too_short(
     monkeypatch.setattr("megatron_mup.transfer.sweep.shards.MIN_TEXT_BYTES", 1)
     (tmp_path / "one.txt").write_text("".join(f"word{number} " for number in range(300)), "utf-8")
     with pytest.raises(
-        DataError, match=r"held-out part of the text has 0 of [\d,]+ tokens.*longer text"
+        DataError, match=r"2,000 tokens are to be held out .*at most half are.*longer text"
     ):
         make_shards(
             tmp_path / "a",

@@ -122,6 +122,10 @@ def test_what_is_left_out_has_defaults() -> None:
             {"learning_rate": {"log2_min": 0.001, "log2_max": 0.003, "step": 0.002}},
             r"learning_rate.log2_min gives 0.001, 0.003, which look like learning rates",
         ),
+        (
+            {"learning_rate": {"log2_min": 0.001, "log2_max": 0.016, "step": 1}},
+            r"log2_min gives 0.001, 0.016, which look like .* give log2: \[-9.966, -5.966\]",
+        ),
         ({"learning_rate": {"log2": [-5, 2000]}}, r"log2 gives the learning rate 2\^2000; give"),
         (
             {"learning_rate": {"log2_min": -101, "log2_max": -3, "step": 1}},

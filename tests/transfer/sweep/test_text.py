@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from megatron_mup.transfer.sweep.results import data_digest
 from megatron_mup.transfer.sweep.session import RunRequest, prepare_sweep, run_sweep
 from megatron_mup.transfer.sweep.shards import make_shards
 from megatron_mup.transfer.sweep.tasks import Task
+from megatron_mup.transfer.sweep.text_source import has_shards
 from tests.transfer.sweep import fake_worker
 from tests.transfer.sweep.sweeps import SWEEP, sweep_data, sweep_of
 
@@ -98,19 +100,29 @@ def test_a_refused_text_leaves_no_folder(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_more_held_out_tokens_than_half_of_the_text_are_refused(text: Path, tmp_path: Path) -> None:
-    with pytest.raises(
-        DataError,
-        match=r"held-out part of the text has [\d,]+ of [\d,]+ tokens, fewer than 900,000 \(",
-    ):
+def test_more_held_out_tokens_than_half_of_the_text_are_refused_and_fewer_are_made_there(
+    text: Path, tmp_path: Path
+) -> None:
+    lines: list[str] = []
+
+    def make(valid_tokens: int) -> None:
         make_shards(
             tmp_path,
             text=[text],
             corpus_bytes=1000,
             vocab_size=400,
-            valid_tokens=900_000,
-            echo=lambda _line: None,
+            valid_tokens=valid_tokens,
+            echo=lines.append,
         )
+
+    with pytest.raises(DataError, match=r"900,000 tokens are to be held out .* at most half are"):
+        make(900_000)
+    assert not has_shards(tmp_path)
+    make(3_000)
+    train, valid = (
+        int(number.replace(",", "")) for number in re.findall(r"[\d,]{4,}", lines[-1])[:2]
+    )
+    assert 3_000 <= valid < train
 
 
 def test_another_amount_of_installed_text_is_refused(tmp_path: Path) -> None:
