@@ -257,8 +257,11 @@ requeue_job() {
         (trap '' TERM && scontrol update "JobId=$job" "ExcNodeList=$excluded") ||
             echo "warning: $1 could not be excluded" >&2
     fi
-    [[ -z $signalled ]] || return 0
-    pause 60
+    # By seconds: a signal that comes between the question and the pause would be slept over.
+    for try in {1..60}; do
+        [[ -z $signalled ]] || return 0
+        pause 1
+    done
 }
 
 # Wait for some seconds, or until a signal.

@@ -110,9 +110,14 @@ def test_a_job_of_a_node_that_dies_starts_again_on_another_and_the_node_comes_ba
     cluster, tmp_path
 ):
     # Waits for ever at its first start alone.
-    job = script(tmp_path, "[[ -n ${SLURM_RESTART_COUNT:-} ]] || sleep 600")
+    started = tmp_path / "started"
+    job = script(
+        tmp_path, f"[[ -n ${{SLURM_RESTART_COUNT:-}} ]] || {{ touch '{started}'; sleep 600; }}"
+    )
     number = cluster.submit("--requeue", "--exclusive", "--output=/dev/null", job)
     node = cluster.wait_jobs(number, lambda each: each.state == "RUNNING", "to run")[0].nodes
+    # A node that dies before it has begun the script costs a restart more.
+    wait_until(started.exists, what="start of the script")
 
     cluster.kill_node(node)
     assert cluster.leftovers(node) == []
