@@ -14,7 +14,7 @@ from typing import Any
 from megatron_mup.data.publication import check_writable, explained_failure, publish_text
 from megatron_mup.transfer.fits import Verdict
 from megatron_mup.transfer.report.contents import axis_figure, optima_table, write_contents
-from megatron_mup.transfer.report.document import Table
+from megatron_mup.transfer.report.document import Document, Table
 from megatron_mup.transfer.report.figure_arms import draw_arms
 from megatron_mup.transfer.report.figure_axes import draw_axis
 from megatron_mup.transfer.report.figure_curves import draw_curves
@@ -69,14 +69,7 @@ def make_report(
     figures = folder / "figures"
     check_writable([markdown, page, figures / "x"], overwrite=True, option="--out")
     study = study_rows(runs.rows, level=level, seeds_known=runs.seeds_known)
-    document = write_contents(
-        study,
-        title=title,
-        command=command,
-        source=runs.table,
-        notes=runs.notes,
-        incomplete=runs.incomplete,
-    )
+    document = _document(study, runs, title=title, command=command)
     drawings = {}
     with explained_failure(folder, "--out"):
         for name, draw in _figures(study).items():
@@ -90,6 +83,17 @@ def make_report(
         verdicts={arm.name: arm.verdict for arm in study.arms},
         optima=optima_table(study),
         notes=runs.notes,
+    )
+
+
+def _document(study: Study, runs: Reported, *, title: str, command: str) -> Document:
+    return write_contents(
+        study,
+        title=title,
+        command=command,
+        source=runs.table,
+        notes=runs.notes,
+        incomplete=runs.incomplete,
     )
 
 
